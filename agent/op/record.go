@@ -1,0 +1,99 @@
+package op
+
+import (
+	"encoding/json"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/fault"
+)
+
+// Kind names what an operation does.
+type Kind string
+
+// The kinds of operation.
+const (
+	KindSnapshot Kind = "snapshot" // cut a snapshot
+	KindFreeze   Kind = "freeze"   // hold a guest frozen until it is thawed or its lease ends
+	KindSettle   Kind = "settle"   // point launch paths at the active layers of a stopped VM
+)
+
+// State is where an operation is in its life.
+type State string
+
+// The states of an operation. See transitions for the ways between them.
+const (
+	Queued     State = "queued"
+	Running    State = "running"
+	Cancelling State = "cancelling" // a cancel was acknowledged; the recipe has not returned yet
+	Reverting  State = "reverting"
+	Succeeded  State = "succeeded"
+	Failed     State = "failed"
+	Cancelled  State = "cancelled"
+)
+
+// Final reports whether the state is an end.
+func (s State) Final() bool { return s == Succeeded || s == Failed || s == Cancelled }
+
+// Record is everything known of an operation. It is what the catalog keeps
+// and what watchers receive.
+type Record struct {
+	ID        string // eight hexadecimal digits; part of the names of everything the operation makes
+	Kind      Kind
+	VMID      string
+	VMName    string
+	State     State
+	Request   json.RawMessage // the request as the recipe understands it
+	RequestID string          // the caller's idempotency key; empty when none was given
+	UID       uint32          // who asked
+	Steps     []Step
+	Progress  Progress
+	Warnings  []Warning
+	Failure   *Failure // set when State is Failed or Cancelled
+	Partial   bool     // succeeded, but not for everything that was asked for
+	Snapshot  string   // id of the snapshot that the operation made; empty when none
+	Created   time.Time
+	Started   time.Time // zero until it runs
+	Ended     time.Time // zero until it ends
+	Revision  uint64    // grows with every change that a watcher can see
+}
+
+// Step is one named part of an operation with its own times.
+type Step struct {
+	Name    string // for example "freeze"
+	Started time.Time
+	Ended   time.Time // zero while it runs
+	Error   string    // empty when it went well
+}
+
+// Progress tells how far an operation is. Total is 0 while it is unknown.
+type Progress struct {
+	Done, Total uint64
+	Unit        string  // "steps" or "bytes"
+	Rate        float64 // units a second over the last seconds; 0 when unknown
+	ETA         time.Duration
+}
+
+// Warning is something that the caller should know and that did not stop the
+// operation. Codes are listed in the operator documents.
+type Warning struct {
+	Code    string `json:"code"`
+	Disk    string `json:"disk,omitempty"`
+	Message string `json:"message"`
+}
+
+// Failure is how an operation failed.
+type Failure struct {
+	Kind    fault.Kind
+	Message string
+	Hint    string
+}
+
+// Entry is a journal entry: an intent, durable before the effect that it
+// announces, or the mark that an effect is done.
+type Entry struct {
+	Seq       int64 // grows within an operation; assigned by the store
+	Operation string
+	Kind      string
+	Data      json.RawMessage
+	Time      time.Time
+}

@@ -1,0 +1,57 @@
+# Everything that is fetched or built for tests lands in .cache (VMSNAP_CACHE
+# puts it elsewhere); what is built for use lands in bin.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+export CGO_ENABLED := 0
+
+GOTOOL := go tool -modfile=tools/go.mod
+FUZZTIME ?= 10s
+# Real guests take memory and cores, so few packages run at a time; testvm
+# itself limits how many guests run beside each other.
+TESTFLAGS ?= -p 2 -parallel 4 -timeout 30m
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: deps
+deps: ## install and fetch what building and testing need (quick when nothing is missing)
+	@hack/deps.sh
+
+.PHONY: build
+build: ## build bin/vmsnapd and bin/vmsnap
+	go build -trimpath -o bin/ ./cmd/...
+
+.PHONY: demo
+demo: deps build ## show snapshots of a real guest from end to end
+	go run ./internal/demo
+
+.PHONY: test
+test: deps build lint race ## build, lint, and run every test, on real guests and with the race detector
+
+.PHONY: race
+race: deps ## run every test with the race detector
+	CGO_ENABLED=1 go test -race $(TESTFLAGS) ./...
+
+.PHONY: fuzz
+fuzz: ## run each fuzz target for FUZZTIME (default 10s)
+	@hack/fuzz.sh $(FUZZTIME)
+
+.PHONY: lint
+lint: ## check style, mistakes and the import law
+	$(GOTOOL) golangci-lint run
+
+.PHONY: generate
+generate: ## generate the Go code of the API from its .proto files
+	@hack/generate.sh
+
+.PHONY: bench
+bench: deps build ## measure vmsnap against its rivals on the same guest
+	go run ./bench
+
+.PHONY: torture
+torture: deps ## kill, starve and race the agent for up to an hour
+	CGO_ENABLED=1 go test -race -run Torture -count=1 -timeout 60m ./agent/...

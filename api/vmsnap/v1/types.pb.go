@@ -1455,11 +1455,14 @@ type SnapshotDisk struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Device string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
 	// The restore point. Empty when the disk was excluded.
-	LayerId       string `protobuf:"bytes,2,opt,name=layer_id,json=layerId,proto3" json:"layer_id,omitempty"`
-	Path          string `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
-	Format        string `protobuf:"bytes,4,opt,name=format,proto3" json:"format,omitempty"`
-	VirtualSize   uint64 `protobuf:"varint,5,opt,name=virtual_size,json=virtualSize,proto3" json:"virtual_size,omitempty"`
-	Excluded      bool   `protobuf:"varint,6,opt,name=excluded,proto3" json:"excluded,omitempty"`
+	LayerId     string `protobuf:"bytes,2,opt,name=layer_id,json=layerId,proto3" json:"layer_id,omitempty"`
+	Path        string `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
+	Format      string `protobuf:"bytes,4,opt,name=format,proto3" json:"format,omitempty"`
+	VirtualSize uint64 `protobuf:"varint,5,opt,name=virtual_size,json=virtualSize,proto3" json:"virtual_size,omitempty"`
+	Excluded    bool   `protobuf:"varint,6,opt,name=excluded,proto3" json:"excluded,omitempty"`
+	// Bytes that the restore point's file takes on its file system. 0 when it is
+	// excluded or the file cannot be read.
+	Allocated     uint64 `protobuf:"varint,7,opt,name=allocated,proto3" json:"allocated,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1534,6 +1537,13 @@ func (x *SnapshotDisk) GetExcluded() bool {
 		return x.Excluded
 	}
 	return false
+}
+
+func (x *SnapshotDisk) GetAllocated() uint64 {
+	if x != nil {
+		return x.Allocated
+	}
+	return 0
 }
 
 // Operation is one long-running piece of work.
@@ -1973,14 +1983,15 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06frozen\x18\x03 \x01(\x05R\x06frozen\x12\x14\n" +
 	"\x05total\x18\x04 \x01(\x05R\x05total\x12>\n" +
-	"\rfreeze_window\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\"\xac\x01\n" +
+	"\rfreeze_window\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\"\xca\x01\n" +
 	"\fSnapshotDisk\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x19\n" +
 	"\blayer_id\x18\x02 \x01(\tR\alayerId\x12\x12\n" +
 	"\x04path\x18\x03 \x01(\tR\x04path\x12\x16\n" +
 	"\x06format\x18\x04 \x01(\tR\x06format\x12!\n" +
 	"\fvirtual_size\x18\x05 \x01(\x04R\vvirtualSize\x12\x1a\n" +
-	"\bexcluded\x18\x06 \x01(\bR\bexcluded\"\xe4\x04\n" +
+	"\bexcluded\x18\x06 \x01(\bR\bexcluded\x12\x1c\n" +
+	"\tallocated\x18\a \x01(\x04R\tallocated\"\xe4\x04\n" +
 	"\tOperation\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x13\n" +

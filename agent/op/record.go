@@ -2,6 +2,7 @@ package op
 
 import (
 	"encoding/json"
+	"slices"
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/fault"
@@ -55,6 +56,18 @@ type Record struct {
 	Started   time.Time // zero until it runs
 	Ended     time.Time // zero until it ends
 	Revision  uint64    // grows with every change that a watcher can see
+}
+
+// clone returns a copy that shares nothing that changes.
+func (r Record) clone() Record {
+	r.Steps = slices.Clone(r.Steps)
+	r.Warnings = slices.Clone(r.Warnings)
+	r.Request = slices.Clone(r.Request)
+	if r.Failure != nil {
+		f := *r.Failure
+		r.Failure = &f
+	}
+	return r
 }
 
 // Step is one named part of an operation with its own times.

@@ -26,7 +26,6 @@ const (
 	RunStateGuestPanicked RunState = "guest-panicked"
 	RunStateWatchdog      RunState = "watchdog"
 	RunStateDebug         RunState = "debug"
-	RunStateColo          RunState = "colo"
 )
 
 // Status is what query-status returns.

@@ -1,0 +1,32 @@
+package rpc
+
+import (
+	"context"
+	"iter"
+
+	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/op"
+)
+
+// Backend does what the API asks for. *agent.Agent is one. Its errors carry a
+// fault.Kind, and a busy error the *op.BusyError that names the operation.
+type Backend interface {
+	VMs(ctx context.Context) ([]agent.VMView, agent.Discovery)
+	VM(ctx context.Context, ref string) (agent.VMView, error)
+	Forget(ctx context.Context, ref string, release bool) (layers []string, err error)
+	Freeze(ctx context.Context, req agent.FreezeRequest) (agent.FreezeView, error)
+	Thaw(ctx context.Context, ref string) (agent.ThawResult, error)
+
+	PlanSnapshot(ctx context.Context, req agent.SnapshotRequest) (agent.Plan, error)
+	CreateSnapshot(ctx context.Context, req agent.SnapshotRequest) (op.Record, error)
+	Snapshots(ctx context.Context, filter agent.SnapshotFilter) ([]agent.SnapshotView, error)
+	Snapshot(ctx context.Context, ref string) (agent.SnapshotView, error)
+	RenameSnapshot(ctx context.Context, ref, newName string) (agent.SnapshotView, error)
+
+	Operations(ctx context.Context, filter agent.OperationFilter) ([]op.Record, error)
+	Operation(ctx context.Context, id string) (op.Record, error)
+	// WatchOperation yields the operation at once, at each change, and a last
+	// time when it ends. It stops with ctx.
+	WatchOperation(ctx context.Context, id string) iter.Seq2[op.Record, error]
+	CancelOperation(ctx context.Context, id string) (op.Record, error)
+}

@@ -1,0 +1,82 @@
+package rpc
+
+import (
+	"context"
+	"net/http"
+
+	"connectrpc.com/connect"
+	"connectrpc.com/grpchealth"
+	"connectrpc.com/grpcreflect"
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/vmsnap/vmsnap/api/vmsnap/v1/vmsnapv1connect"
+)
+
+// maxRequest bounds a request, in bytes as sent and as decompressed. The
+// largest honest one, a snapshot of 256 disks by name, is some 100 KiB.
+const maxRequest = 1 << 20
+
+// Options are what a handler needs beside its backend.
+type Options struct {
+	Logger  hclog.Logger // nil: no log
+	Roles   Roles
+	Version string // of the daemon; told in the Server header as "vmsnapd/VERSION"
+}
+
+// NewHandler returns the handler of the whole API: the three services, health
+// and reflection. It serves connections that Serve has accepted; a call on any
+// other is refused, since its peer is unknown.
+func NewHandler(backend Backend, opts Options) http.Handler {
+	log := opts.Logger
+	if log == nil {
+		log = hclog.NewNullLogger()
+	}
+	common := []connect.HandlerOption{
+		connect.WithReadMaxBytes(maxRequest),
+		connect.WithRequestGate(gate(opts.Roles, log)),
+		connect.WithInterceptors(calls{log: log}),
+		connect.WithRecover(recovered(log)),
+	}
+	served := []string{
+		vmsnapv1connect.VMServiceName,
+		vmsnapv1connect.SnapshotServiceName,
+		vmsnapv1connect.OperationServiceName,
+	}
+	mux := http.NewServeMux()
+	mux.Handle(vmsnapv1connect.NewVMServiceHandler(vmService{backend}, common...))
+	mux.Handle(vmsnapv1connect.NewSnapshotServiceHandler(snapshotService{backend}, common...))
+	mux.Handle(vmsnapv1connect.NewOperationServiceHandler(operationService{backend}, common...))
+	mux.Handle(grpchealth.NewHandler(grpchealth.NewStaticChecker(served...), common...))
+	reflector := grpcreflect.NewStaticReflector(served...)
+	mux.Handle(grpcreflect.NewHandlerV1(reflector, common...))
+	mux.Handle(grpcreflect.NewHandlerV1Alpha(reflector, common...))
+	errs := connect.NewErrorWriter(common...)
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		err := permit(r.Context(), opts.Roles, log, r.URL.Path)
+		if err := errs.Write(w, r, err); err != nil {
+			log.Debug("refusal not sent", "error", err)
+		}
+	})
+	server := "vmsnapd"
+	if opts.Version != "" {
+		server += "/" + opts.Version
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Server", server)
+		mux.ServeHTTP(w, r)
+	})
+}
+
+type stoppingKey struct{}
+
+// whileServing returns a context that also ends when the daemon stops to
+// serve. It is for streams, which would hold the daemon back for ever.
+func whileServing(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stopping, ok := ctx.Value(stoppingKey{}).(context.Context)
+	if !ok {
+		return ctx, func() { cancel(nil) }
+	}
+	stop := context.AfterFunc(stopping, func() { cancel(errStopping()) })
+	return ctx, func() { stop(); cancel(nil) }
+}

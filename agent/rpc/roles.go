@@ -1,0 +1,153 @@
+package rpc
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"os/user"
+	"strconv"
+
+	"connectrpc.com/connect"
+	"connectrpc.com/grpchealth"
+	"connectrpc.com/grpcreflect"
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/api/vmsnap/v1/vmsnapv1connect"
+)
+
+// Role is what a peer may do. Each role may do all that the one before it may.
+type Role int
+
+// The roles.
+const (
+	NoRole   Role = iota // nothing
+	Viewer               // look at VMs, snapshots and operations
+	Operator             // also take and rename snapshots, freeze, thaw and cancel
+	Admin                // also remove records and protections
+)
+
+// String returns the role's name in the configuration.
+func (r Role) String() string {
+	switch r {
+	case Viewer:
+		return "viewer"
+	case Operator:
+		return "operator"
+	case Admin:
+		return "admin"
+	default:
+		return "none"
+	}
+}
+
+// needed is the role that each procedure needs. What is not in it is refused.
+var needed = map[string]Role{
+	vmsnapv1connect.VMServiceListVMsProcedure:  Viewer,
+	vmsnapv1connect.VMServiceGetVMProcedure:    Viewer,
+	vmsnapv1connect.VMServiceFreezeVMProcedure: Operator,
+	vmsnapv1connect.VMServiceThawVMProcedure:   Operator,
+	vmsnapv1connect.VMServiceForgetVMProcedure: Admin,
+
+	vmsnapv1connect.SnapshotServiceListSnapshotsProcedure:  Viewer,
+	vmsnapv1connect.SnapshotServiceGetSnapshotProcedure:    Viewer,
+	vmsnapv1connect.SnapshotServiceCreateSnapshotProcedure: Operator,
+	// A plan changes nothing, but it talks to the guest.
+	vmsnapv1connect.SnapshotServicePlanSnapshotProcedure:   Operator,
+	vmsnapv1connect.SnapshotServiceRenameSnapshotProcedure: Operator,
+
+	vmsnapv1connect.OperationServiceListOperationsProcedure:  Viewer,
+	vmsnapv1connect.OperationServiceGetOperationProcedure:    Viewer,
+	vmsnapv1connect.OperationServiceWatchOperationProcedure:  Viewer,
+	vmsnapv1connect.OperationServiceCancelOperationProcedure: Operator,
+
+	"/" + grpchealth.HealthV1ServiceName + "/Check":                       Viewer,
+	"/" + grpchealth.HealthV1ServiceName + "/Watch":                       Viewer,
+	"/" + grpcreflect.ReflectV1ServiceName + "/ServerReflectionInfo":      Viewer,
+	"/" + grpcreflect.ReflectV1AlphaServiceName + "/ServerReflectionInfo": Viewer,
+}
+
+// Roles says which groups have which role. Root and the daemon's own user are
+// always Admin. The zero value gives nobody else a role.
+type Roles struct {
+	groups map[uint32]Role
+	self   uint32 // the daemon's own uid
+}
+
+// ResolveRoles looks up the groups of each role, given by name or number, and
+// takes the uid that the daemon runs as. A group that does not exist is an
+// error: a misspelt one would leave people locked out for no visible reason.
+func ResolveRoles(self uint32, viewers, operators, admins []string) (Roles, error) {
+	roles := Roles{groups: map[uint32]Role{}, self: self}
+	for _, set := range []struct {
+		role   Role
+		groups []string
+	}{{Viewer, viewers}, {Operator, operators}, {Admin, admins}} {
+		for _, name := range set.groups {
+			gid, err := groupID(name)
+			if err != nil {
+				return Roles{}, fmt.Errorf("group %q of role %s: %w", name, set.role, err)
+			}
+			roles.groups[gid] = max(roles.groups[gid], set.role)
+		}
+	}
+	return roles, nil
+}
+
+func groupID(name string) (uint32, error) {
+	text := name
+	if _, err := strconv.ParseUint(name, 10, 32); err != nil {
+		group, err := user.LookupGroup(name)
+		if err != nil {
+			return 0, err
+		}
+		text = group.Gid
+	}
+	gid, err := strconv.ParseUint(text, 10, 32)
+	return uint32(gid), err
+}
+
+// Of returns the highest role that a peer has.
+func (r Roles) Of(p Peer) Role {
+	if p.UID == 0 || p.UID == r.self {
+		return Admin
+	}
+	role := r.groups[p.GID]
+	for _, gid := range p.Groups {
+		role = max(role, r.groups[gid])
+	}
+	return role
+}
+
+// gate refuses calls that the peer's role does not permit, before anything of
+// the request is read, and logs each refusal.
+func gate(roles Roles, log hclog.Logger) connect.RequestGateFunc {
+	return func(ctx context.Context, spec connect.Spec, _ connect.Peer, _ http.Header) (context.Context, error) {
+		return ctx, permit(ctx, roles, log, spec.Procedure)
+	}
+}
+
+func permit(ctx context.Context, roles Roles, log hclog.Logger, procedure string) error {
+	peer, known := peerFrom(ctx)
+	role := NoRole
+	if known {
+		role = roles.Of(peer)
+	}
+	need, listed := needed[procedure]
+	if known && listed && role >= need {
+		return nil
+	}
+	log.Warn("call refused", "procedure", procedure, "uid", peer.UID, "pid", peer.PID,
+		"role", role, "needed", need, "identified", known, "listed", listed)
+	switch {
+	case role == NoRole:
+		return wireError(fault.New(fault.Denied, "uid %d has no role here", peer.UID).
+			WithHint("join one of the groups that the daemon's configuration gives a role"))
+	case !listed:
+		return wireError(fault.New(fault.Unsupported, "this vmsnapd has no procedure %s", procedure).
+			WithHint("vmsnapd may be older than its client"))
+	default:
+		return wireError(fault.New(fault.Denied, "uid %d has the role %s; this needs %s", peer.UID, role, need).
+			WithHint("ask for membership of a group with the role %s", need))
+	}
+}

@@ -1,0 +1,80 @@
+package rpc
+
+import (
+	"context"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/vmsnap/vmsnap/agent"
+	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+)
+
+type vmService struct{ backend Backend }
+
+func (s vmService) ListVMs(ctx context.Context, _ *connect.Request[vmsnapv1.ListVMsRequest]) (*connect.Response[vmsnapv1.ListVMsResponse], error) {
+	vms, discovery := s.backend.VMs(ctx)
+	return connect.NewResponse(&vmsnapv1.ListVMsResponse{
+		Vms:             each(vms, vmProto),
+		Discovery:       discovery.Source,
+		DiscoveryReason: text(discovery.Reason),
+	}), nil
+}
+
+func (s vmService) GetVM(ctx context.Context, req *connect.Request[vmsnapv1.GetVMRequest]) (*connect.Response[vmsnapv1.GetVMResponse], error) {
+	if err := checkRef("vm", req.Msg.GetVm()); err != nil {
+		return nil, err
+	}
+	vm, err := s.backend.VM(ctx, req.Msg.GetVm())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.GetVMResponse{Vm: vmProto(vm)}), nil
+}
+
+func (s vmService) ForgetVM(ctx context.Context, req *connect.Request[vmsnapv1.ForgetVMRequest]) (*connect.Response[vmsnapv1.ForgetVMResponse], error) {
+	if err := checkRef("vm", req.Msg.GetVm()); err != nil {
+		return nil, err
+	}
+	layers, err := s.backend.Forget(ctx, req.Msg.GetVm(), req.Msg.GetRelease())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.ForgetVMResponse{Layers: each(layers, text)}), nil
+}
+
+func (s vmService) FreezeVM(ctx context.Context, req *connect.Request[vmsnapv1.FreezeVMRequest]) (*connect.Response[vmsnapv1.FreezeVMResponse], error) {
+	msg := req.Msg
+	if err := checkFreeze(msg); err != nil {
+		return nil, err
+	}
+	caller, err := uid(ctx)
+	if err != nil {
+		return nil, err
+	}
+	freeze, err := s.backend.Freeze(ctx, agent.FreezeRequest{
+		VM:            msg.GetVm(),
+		Lease:         msg.GetLease().AsDuration(),
+		FreezeTimeout: msg.GetFreezeTimeout().AsDuration(),
+		Mountpoints:   msg.GetMountpoints(),
+		UID:           caller,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.FreezeVMResponse{Freeze: freezeProto(&freeze)}), nil
+}
+
+func (s vmService) ThawVM(ctx context.Context, req *connect.Request[vmsnapv1.ThawVMRequest]) (*connect.Response[vmsnapv1.ThawVMResponse], error) {
+	if err := checkRef("vm", req.Msg.GetVm()); err != nil {
+		return nil, err
+	}
+	result, err := s.backend.Thaw(ctx, req.Msg.GetVm())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.ThawVMResponse{
+		WasFrozen:    result.WasFrozen,
+		FreezeWindow: durationpb.New(result.Window),
+	}), nil
+}

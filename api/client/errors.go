@@ -1,0 +1,117 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"syscall"
+
+	"connectrpc.com/connect"
+
+	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+)
+
+// UnreachableError says that no connection to the daemon could be had.
+type UnreachableError struct {
+	Socket string
+	Err    error
+}
+
+// Error names the socket and the cause.
+func (e *UnreachableError) Error() string {
+	return fmt.Sprintf("vmsnapd cannot be reached at %s: %v", e.Socket, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *UnreachableError) Unwrap() error { return e.Err }
+
+// detail returns the error with what to check.
+func (e *UnreachableError) detail() *vmsnapv1.Error {
+	d := &vmsnapv1.Error{Code: vmsnapv1.ErrorCode_ERROR_CODE_UNREACHABLE}
+	switch {
+	case errors.Is(e.Err, fs.ErrPermission):
+		d.Code = vmsnapv1.ErrorCode_ERROR_CODE_DENIED
+		d.Message = fmt.Sprintf("the socket %s may not be opened by this user", e.Socket)
+		d.Hint = "join the group that owns the socket, or become root"
+	case errors.Is(e.Err, fs.ErrNotExist):
+		d.Message = fmt.Sprintf("vmsnapd cannot be reached: there is no socket %s", e.Socket)
+		d.Hint = "is vmsnapd running (systemctl status vmsnapd), and is this its socket?"
+	case errors.Is(e.Err, syscall.ECONNREFUSED):
+		d.Message = fmt.Sprintf("vmsnapd cannot be reached: nobody listens at the socket %s", e.Socket)
+		d.Hint = "vmsnapd has died or is being restarted: systemctl status vmsnapd"
+	default:
+		d.Message = e.Error()
+		d.Hint = "is vmsnapd running and answering? systemctl status vmsnapd"
+	}
+	return d
+}
+
+// OperationError is the end of an operation that did not succeed.
+type OperationError struct {
+	Operation *vmsnapv1.Operation // failed or cancelled
+}
+
+// Error returns the operation's own message.
+func (e *OperationError) Error() string {
+	if msg := e.Operation.GetError().GetMessage(); msg != "" {
+		return msg
+	}
+	return fmt.Sprintf("operation %s did not succeed", e.Operation.GetId())
+}
+
+// ErrorOf returns what an error of this package or of a call says to its
+// caller: a code to act on, a message, a hint, and for a busy VM the operation
+// that holds it. It reports false for an error that is neither.
+func ErrorOf(err error) (*vmsnapv1.Error, bool) {
+	if failed, ok := errors.AsType[*OperationError](err); ok {
+		if e := failed.Operation.GetError(); e != nil {
+			return e, true
+		}
+		return &vmsnapv1.Error{Code: vmsnapv1.ErrorCode_ERROR_CODE_FAILED, Message: failed.Error(), OperationId: failed.Operation.GetId()}, true
+	}
+	if gone, ok := errors.AsType[*UnreachableError](err); ok && !errors.Is(err, context.Canceled) {
+		return gone.detail(), true
+	}
+	call, ok := errors.AsType[*connect.Error](err)
+	if !ok {
+		return nil, false
+	}
+	if e := told(call); e != nil {
+		return e, true
+	}
+	return &vmsnapv1.Error{Code: codeOf(call), Message: call.Message()}, true
+}
+
+// told returns what the daemon said of an error; nil when it said nothing.
+func told(call *connect.Error) *vmsnapv1.Error {
+	for _, d := range call.Details() {
+		value, err := d.Value()
+		if err != nil {
+			continue
+		}
+		if e, ok := value.(*vmsnapv1.Error); ok {
+			return e
+		}
+	}
+	return nil
+}
+
+// codeOf returns the code of an error that did not come from the daemon's own
+// handlers: the transport's, or that of a request that could not be decoded.
+func codeOf(call *connect.Error) vmsnapv1.ErrorCode {
+	switch call.Code() {
+	case connect.CodeCanceled:
+		return vmsnapv1.ErrorCode_ERROR_CODE_CANCELLED
+	case connect.CodeInvalidArgument, connect.CodeResourceExhausted:
+		return vmsnapv1.ErrorCode_ERROR_CODE_USAGE
+	case connect.CodeDeadlineExceeded:
+		return vmsnapv1.ErrorCode_ERROR_CODE_UNRESPONSIVE
+	case connect.CodeUnimplemented:
+		return vmsnapv1.ErrorCode_ERROR_CODE_UNSUPPORTED
+	case connect.CodeUnavailable:
+		return vmsnapv1.ErrorCode_ERROR_CODE_UNREACHABLE
+	default:
+		return vmsnapv1.ErrorCode_ERROR_CODE_FAILED
+	}
+}

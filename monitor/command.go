@@ -106,7 +106,7 @@ func (s *Session) send(ctx context.Context, line []byte, file *os.File) error {
 	if ctx.Err() != nil {
 		return unsent(ctx, os.ErrDeadlineExceeded)
 	}
-	if err := s.conn.SetWriteDeadline(time.Now().Add(writeDeadline)); err != nil {
+	if err := s.conn.SetWriteDeadline(time.Now().Add(s.writeWithin)); err != nil {
 		return unsent(ctx, err)
 	}
 	release := interruptible(ctx, s.conn.SetWriteDeadline)

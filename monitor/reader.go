@@ -69,6 +69,9 @@ func (d *decoder) next() ([]byte, error) {
 func (d *decoder) scan() ([]byte, error) {
 	for ; d.scanned < d.end; d.scanned++ {
 		c := d.buf[d.scanned]
+		if d.depth > 0 && d.scanned-d.start == d.limit {
+			return nil, ErrTooLarge
+		}
 		switch {
 		case d.inString:
 			d.scanString(c)
@@ -92,15 +95,9 @@ func (d *decoder) scan() ([]byte, error) {
 				d.scanned++
 				obj := d.buf[d.start:d.scanned]
 				d.start = d.scanned
-				if len(obj) > d.limit {
-					return nil, ErrTooLarge
-				}
 				return obj, nil
 			}
 		}
-	}
-	if d.end-d.start > d.limit {
-		return nil, ErrTooLarge
 	}
 	return nil, nil
 }
@@ -129,7 +126,7 @@ func (d *decoder) room() {
 	case len(d.buf) > smallBuffer && len(left) <= smallBuffer/2:
 		d.move(make([]byte, smallBuffer), left)
 	case len(left) == len(d.buf):
-		// One byte over the limit is enough to know that it was passed.
+		// The first byte over the limit is enough to know that it was passed.
 		d.move(make([]byte, min(2*len(d.buf), max(d.limit, smallBuffer)+1)), left)
 	case d.start > 0 && d.end == len(d.buf), len(left) == 0:
 		d.move(d.buf, left)

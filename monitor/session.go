@@ -11,6 +11,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/digitalocean/go-qemu/qmp"
 	"golang.org/x/sys/unix"
@@ -23,7 +24,9 @@ var _ qmp.Monitor = (*Session)(nil)
 type Session struct {
 	conn    *net.UnixConn
 	version qmp.Version
-	writing chan struct{} // holds one token: who takes it may write
+	writing chan struct{} // full while somebody writes
+
+	writeWithin time.Duration
 
 	idPrefix string // this session's word, in quotes to the left
 
@@ -43,14 +46,15 @@ func newSession(conn *net.UnixConn, dec *decoder, version qmp.Version) *Session 
 	var word [6]byte
 	_, _ = rand.Read(word[:]) // never fails
 	s := &Session{
-		conn:     conn,
-		version:  version,
-		writing:  make(chan struct{}, 1),
-		idPrefix: `"` + hex.EncodeToString(word[:]) + ".",
-		pending:  make(map[string]chan *message),
-		subs:     make(map[*Subscription]struct{}),
-		done:     make(chan struct{}),
-		reader:   make(chan struct{}),
+		conn:        conn,
+		version:     version,
+		writing:     make(chan struct{}, 1),
+		writeWithin: writeDeadline,
+		idPrefix:    `"` + hex.EncodeToString(word[:]) + ".",
+		pending:     make(map[string]chan *message),
+		subs:        make(map[*Subscription]struct{}),
+		done:        make(chan struct{}),
+		reader:      make(chan struct{}),
 	}
 	go s.read(dec)
 	return s

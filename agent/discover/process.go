@@ -1,6 +1,9 @@
 package discover
 
-import "errors"
+import (
+	"errors"
+	"time"
+)
 
 // ErrGone is returned for a process that has exited, or whose pid now belongs
 // to another process.
@@ -15,6 +18,7 @@ var ErrNotQEMU = errors.New("not a QEMU that runs a VM")
 type Process struct {
 	PID       int
 	StartTime uint64 // clock ticks since boot, field 22 of /proc/PID/stat
+	Started   time.Time
 	Binary    string // the executable's path, in the process's mount namespace
 	Args      []string
 	UID       int    // effective
@@ -73,6 +77,11 @@ type Drive struct {
 	ReadOnly  bool
 	CDROM     bool
 	Snapshot  bool // writes go to a temporary file and are lost at exit
+
+	AIO             string // "", threads, native or io_uring
+	Discard         string // "", ignore or unmap
+	IOThread        string // of the device that uses it; "" when there is none
+	ExplicitBacking bool   // the command names the backing node, or forbids one
 }
 
 // CgroupMode is how the host mounts cgroups.

@@ -107,7 +107,7 @@ func (s *Session) send(ctx context.Context, line []byte, file *os.File) error {
 		return unsent(ctx, os.ErrDeadlineExceeded)
 	}
 	if err := s.conn.SetWriteDeadline(time.Now().Add(s.writeWithin)); err != nil {
-		return unsent(ctx, err)
+		return s.Err() // fails on a closed connection only
 	}
 	release := interruptible(ctx, s.conn.SetWriteDeadline)
 	n, err := write(s.conn, line, file)
@@ -115,6 +115,9 @@ func (s *Session) send(ctx context.Context, line []byte, file *os.File) error {
 	// The newline ends nothing: QEMU acts on the closing brace.
 	if n >= len(line)-1 {
 		return nil
+	}
+	if ended := s.Err(); ended != nil {
+		return ended
 	}
 	err = unsent(ctx, err)
 	if n > 0 {
@@ -132,8 +135,6 @@ func unsent(ctx context.Context, err error) error {
 		return caused(ErrUnresponsive, context.DeadlineExceeded)
 	case errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET):
 		return caused(ErrGone, err)
-	case errors.Is(err, net.ErrClosed):
-		return ErrClosed
 	}
 	return err
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 )
 
 // Kind is what a caller can act on.
@@ -40,10 +41,15 @@ type Error struct {
 	Err     error  // the cause; may be nil
 }
 
-// New returns an error of a kind. A %w in the format becomes its cause.
+// New returns an error of a kind. A %w in the format becomes its cause; several
+// are joined.
 func New(kind Kind, format string, args ...any) *Error {
 	err := fmt.Errorf(format, args...)
-	return &Error{Kind: kind, Message: err.Error(), Err: errors.Unwrap(err)}
+	cause := errors.Unwrap(err)
+	if several, ok := err.(interface{ Unwrap() []error }); ok {
+		cause = errors.Join(several.Unwrap()...)
+	}
+	return &Error{Kind: kind, Message: err.Error(), Err: cause}
 }
 
 // WithHint returns the error with advice on what to do.
@@ -61,7 +67,8 @@ func (e *Error) Error() string { return e.Message }
 func (e *Error) Unwrap() error { return e.Err }
 
 // Of returns the kind of the outermost Error in err's chain, Cancelled for a
-// cancelled context, and Failed for everything else.
+// cancelled context, NoSpace for a full file system or quota, and Failed for
+// everything else.
 func Of(err error) Kind {
 	var e *Error
 	switch {
@@ -69,6 +76,8 @@ func Of(err error) Kind {
 		return e.Kind
 	case errors.Is(err, context.Canceled):
 		return Cancelled
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return NoSpace
 	default:
 		return Failed
 	}

@@ -1,0 +1,137 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/freeze"
+)
+
+// Config is what an Agent needs to know of its host.
+type Config struct {
+	StateDir     string        // of the catalog; created 0700
+	OverridesDir string        // YAML files that name VMs or override what was found; may be absent
+	Freezing     freeze.Config // how guards are started
+	ScanOnly     bool          // find VMs without process events
+	Logger       hclog.Logger
+	// OnOperation, when not nil, is called with every operation that ends.
+	OnOperation func(op.Record)
+	// OnFreezeWindow, when not nil, is called with every freeze window.
+	OnFreezeWindow func(time.Duration)
+}
+
+// Agent is the VMs of this host.
+type Agent struct {
+	cfg       Config
+	log       hclog.Logger
+	catalog   *catalog.Catalog
+	ops       *op.Runner
+	overrides []discover.Override
+
+	mu      sync.RWMutex
+	vms     map[string]*vm // by catalog id
+	watcher *discover.Watcher
+	group   sync.WaitGroup
+}
+
+// Open opens the state directory. Nothing runs before Run.
+func Open(ctx context.Context, cfg Config) (*Agent, error) {
+	overrides, err := discover.LoadOverrides(cfg.OverridesDir)
+	if err != nil {
+		return nil, err
+	}
+	cat, err := catalog.Open(ctx, cfg.StateDir, cfg.Logger.Named("catalog"))
+	if err != nil {
+		return nil, err
+	}
+	return &Agent{
+		cfg: cfg, log: cfg.Logger, catalog: cat, overrides: overrides,
+		ops: op.NewRunner(cat, cfg.Logger.Named("operation")),
+		vms: map[string]*vm{},
+	}, nil
+}
+
+// Close closes an Agent that was not run. Run closes it by itself.
+func (a *Agent) Close() error { return a.catalog.Close() }
+
+// Run thaws what an earlier agent left frozen, finds the VMs, finishes or
+// reverts what an earlier agent left unfinished, and then follows the host
+// until ctx ends. ready is called once requests can be served. It returns
+// after every recipe has come to its end.
+func (a *Agent) Run(ctx context.Context, ready func()) error {
+	leftovers := a.thawLeftovers(ctx)
+	if err := a.loadCatalog(ctx); err != nil {
+		return err
+	}
+	a.showUnresolved(leftovers)
+	w, err := discover.Watch(ctx, discover.Options{NoNetlink: a.cfg.ScanOnly})
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	a.watcher = w
+	a.mu.Unlock()
+	for e := range w.Events() {
+		switch e.Kind {
+		case discover.Started:
+			a.started(ctx, e.Process)
+		case discover.Exited:
+			a.exited(ctx, e.Process)
+		case discover.Listed:
+			a.group.Go(func() {
+				a.recover(ctx)
+				ready()
+			})
+		}
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
+	defer cancel()
+	err = a.ops.Shutdown(stop)
+	a.group.Wait()
+	return errors.Join(err, a.catalog.Close())
+}
+
+// shutdownGrace is how long recipes may take to come to a safe end when the
+// daemon stops. It is longer than the default freeze lease.
+const shutdownGrace = 60 * time.Second
+
+// Operation returns one operation.
+func (a *Agent) Operation(ctx context.Context, id string) (op.Record, error) {
+	return a.ops.Operation(ctx, id)
+}
+
+// Operations returns operations, the newest first.
+func (a *Agent) Operations(ctx context.Context, f OperationFilter) ([]op.Record, error) {
+	filter := op.Filter{Active: f.Active, Limit: f.Limit}
+	if filter.Limit == 0 {
+		filter.Limit = 100
+	}
+	if f.VM != "" {
+		v, err := a.find(f.VM)
+		if err != nil {
+			return nil, err
+		}
+		filter.VMID = v.rec.ID
+	}
+	return a.ops.Operations(ctx, filter)
+}
+
+// WatchOperation yields the operation at once, at each change, and a last time
+// when it ends.
+func (a *Agent) WatchOperation(ctx context.Context, id string) iter.Seq2[op.Record, error] {
+	return a.ops.Watch(ctx, id)
+}
+
+// CancelOperation asks an operation to stop. It returns when the cancel is
+// acknowledged, not when the operation has ended.
+func (a *Agent) CancelOperation(ctx context.Context, id string) (op.Record, error) {
+	return a.ops.Cancel(ctx, id)
+}

@@ -1,0 +1,242 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"path/filepath"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/blockdev"
+)
+
+// The journal entries of a snapshot.
+const (
+	entryPrepare = "prepare" // overlays and permanent names are about to be made
+	entryCut     = "cut"     // the transaction is about to be sent
+	entryThawed  = "thawed"  // what the freeze came to
+)
+
+// prepared is what the journal keeps of a cut: who is cut, and all names.
+type prepared struct {
+	PID       int // of the QEMU process; 0 for a stopped VM
+	StartTime uint64
+	Name      string
+	Disks     []*cutDisk
+	Excluded  []catalog.SnapshotDisk
+	Config    json.RawMessage
+	Partial   bool
+	Offline   bool // the VM was stopped, after a shutdown that was witnessed
+}
+
+func (c *cut) prepared() prepared {
+	p := prepared{Name: c.req.Name, Disks: c.disks, Excluded: c.excluded, Config: c.config, Partial: c.partial, Offline: c.offline}
+	if c.run != nil {
+		p.PID, p.StartTime = c.run.proc.PID, c.run.proc.StartTime
+	}
+	return p
+}
+
+// settle makes every launch path name the active layer, for good, and protects
+// the layers that are covered now.
+func (c *cut) settle(ctx context.Context) error {
+	for _, d := range c.disks {
+		if err := d.pointLaunch(); err != nil {
+			return c.failure(d, err)
+		}
+		if err := d.dir.Sync(); err != nil {
+			return c.failure(d, err)
+		}
+		if c.session != nil {
+			if err := d.reopenBacking(ctx, c.session); err != nil {
+				c.warn(warnBackingNotReopened, d.Device, err.Error())
+			}
+		}
+		if err := d.protect(); err != nil {
+			c.warn(warnNoImmutable, d.Device, err.Error())
+		}
+	}
+	return nil
+}
+
+// protect makes the covered layer immutable, or at least read-only.
+func (d *cutDisk) protect() error {
+	err := d.dir.SetImmutable(d.Base, true)
+	d.immutable = err == nil
+	if errors.Is(err, blockdev.ErrNoImmutable) {
+		return errors.Join(err, d.dir.Root().Chmod(d.Base, 0o444))
+	}
+	return err
+}
+
+// commit enters the snapshot into the catalog and writes its manifest. A
+// snapshot that was to be quiesced and was not is not offered; its layers are
+// recorded all the same, since the disks run on them.
+func (c *cut) commit(ctx context.Context) error {
+	s := catalog.Snapshot{
+		ID: newID(), VMID: c.vm.rec.ID, VMName: c.vm.name(), Name: c.req.Name, Description: c.req.Description,
+		Labels: c.req.Labels, Created: c.cutAt, Consistency: c.consistency(), Quiesce: c.quiesce,
+		Warnings: c.warnings, Operation: c.o.ID(), Config: c.config, Partial: c.partial,
+	}
+	unfit := c.req.Quiesce == QuiesceRequire && s.Consistency == catalog.Crash
+	layers, disks, err := c.entries(ctx, &s)
+	if err != nil {
+		return err
+	}
+	if unfit {
+		if err := c.putLayers(ctx, layers, disks); err != nil {
+			return err
+		}
+		return fault.New(fault.NotQuiesced, "VM %s: the disks were cut, but not while the guest was frozen (%s); no snapshot was made of it",
+			c.vm.name(), c.quiesce.Reason).WithHint("each disk has one more layer now, which is harmless")
+	}
+	if err := c.catalog.CommitSnapshot(ctx, catalog.Commit{Snapshot: s, Layers: layers, Disks: disks}); err != nil {
+		return err
+	}
+	c.o.SetSnapshot(s.ID)
+	if c.partial {
+		c.o.SetPartial()
+	}
+	if err := c.writeManifests(s, layers); err != nil {
+		c.warn(warnManifest, "", err.Error())
+	}
+	return nil
+}
+
+// consistency is the label that the snapshot has earned.
+func (c *cut) consistency() catalog.Consistency {
+	switch {
+	case c.offline:
+		return catalog.Offline
+	case c.quiesce.Reason == "" && c.quiesce.Frozen > 0:
+		return catalog.Filesystem
+	default:
+		return catalog.Crash
+	}
+}
+
+// entries makes the catalog's records of the layers and disks, and adds the
+// disks to the snapshot.
+func (c *cut) entries(ctx context.Context, s *catalog.Snapshot) (layers []catalog.Layer, disks []catalog.Disk, err error) {
+	known, err := c.catalog.Disks(ctx, c.vm.rec.ID)
+	if err != nil {
+		return nil, nil, err
+	}
+	byID := map[string]catalog.Disk{}
+	for _, d := range known {
+		byID[d.ID] = d
+	}
+	for _, d := range c.disks {
+		base, err := c.catalog.Layer(ctx, d.BaseID)
+		if err != nil {
+			return nil, nil, err
+		}
+		two, err := d.layers(c.o.ID(), base)
+		if err != nil {
+			return nil, nil, c.failure(d, err)
+		}
+		layers = append(layers, two...)
+		rec := byID[d.DiskID]
+		rec.ActiveLayer, rec.SettleNeeded = d.OverlayID, d.Settle != SettleLive
+		disks = append(disks, rec)
+		s.Disks = append(s.Disks, catalog.SnapshotDisk{DiskID: d.DiskID, Device: d.Device, LayerID: d.BaseID, Size: d.Size})
+	}
+	s.Disks = append(s.Disks, c.excluded...)
+	return layers, disks, nil
+}
+
+// layers returns the two layers as the catalog keeps them.
+func (d *cutDisk) layers(operation string, base catalog.Layer) ([]catalog.Layer, error) {
+	bi, err := d.dir.Stat(d.Base)
+	if err != nil {
+		return nil, err
+	}
+	oi, err := d.dir.Stat(d.Overlay)
+	if err != nil {
+		return nil, err
+	}
+	base.Path, base.Format, base.Dev, base.Ino = d.dir.Path(d.Base), d.BaseFormat, bi.Dev, bi.Ino
+	base.Covered, base.Immutable = true, d.immutable
+	return []catalog.Layer{base, {
+		ID: d.OverlayID, DiskID: d.DiskID, Parent: base.ID, Path: d.dir.Path(d.Overlay), Format: "qcow2",
+		VirtualSize: d.Size, Dev: oi.Dev, Ino: oi.Ino, Operation: operation, Created: time.Now(),
+	}}, nil
+}
+
+// manifest is what stands beside the layers: everything that the catalog knows
+// of a snapshot, so that a lost catalog can be rebuilt.
+type manifest struct {
+	Version  int              `json:"version"`
+	VM       catalog.VM       `json:"vm"`
+	Snapshot catalog.Snapshot `json:"snapshot"`
+	Disks    []catalog.Disk   `json:"disks"`
+	Layers   []catalog.Layer  `json:"layers"`
+}
+
+const manifestVersion = 1
+
+// manifestDir holds the manifests, beside the layers.
+const manifestDir = ".vmsnap"
+
+// writeManifests writes the manifest into each directory that holds a layer of
+// the snapshot.
+func (c *cut) writeManifests(s catalog.Snapshot, layers []catalog.Layer) error {
+	c.vm.mu.Lock()
+	m := manifest{Version: manifestVersion, VM: c.vm.rec, Snapshot: s, Disks: c.vm.disks, Layers: layers}
+	c.vm.mu.Unlock()
+	data, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return err
+	}
+	var errs []error
+	done := map[string]bool{}
+	for _, d := range c.disks {
+		if !done[d.Dir] {
+			done[d.Dir] = true
+			errs = append(errs, d.dir.WriteFile(manifestDir, s.ID+".json", data))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// rewriteManifests brings the manifests of a snapshot up to the catalog. One
+// that is missing is left to doctor.
+func (a *Agent) rewriteManifests(s catalog.Snapshot) error {
+	a.mu.RLock()
+	v := a.vms[s.VMID]
+	a.mu.RUnlock()
+	if v == nil {
+		return nil
+	}
+	v.mu.Lock()
+	layers := v.layers
+	m := manifest{Version: manifestVersion, VM: v.rec, Snapshot: s, Disks: v.disks}
+	v.mu.Unlock()
+	dirs := map[string]bool{}
+	for _, d := range s.Disks {
+		if l := layerOf(layers, d.LayerID); l.ID != "" {
+			m.Layers = append(m.Layers, l)
+			dirs[filepath.Dir(l.Path)] = true
+		}
+	}
+	data, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for dir := range dirs {
+		errs = append(errs, writeManifest(dir, s.ID, data))
+	}
+	return errors.Join(errs...)
+}
+
+func writeManifest(path, id string, data []byte) (err error) {
+	dir, err := blockdev.OpenDir(path, "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	return dir.WriteFile(manifestDir, id+".json", data)
+}

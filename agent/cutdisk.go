@@ -1,0 +1,123 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/blockdev"
+)
+
+// cutDisk is one disk on its way through a cut. Its exported fields are what
+// the journal keeps: enough to find, after a crash, everything that was made.
+type cutDisk struct {
+	Device     string
+	DiskID     string
+	Dir        string // directory of all three names, as QEMU sees it
+	Prefix     string // where that directory's tree begins for this process
+	Launch     string // name by which the launch command opens the disk
+	Base       string // permanent name of the layer that is covered
+	BaseID     string
+	BaseFormat string
+	BaseNode   string // QEMU's node of the base
+	NewName    bool   // the permanent name is made by this operation
+	Overlay    string // permanent name of the overlay
+	OverlayID  string
+	Size       uint64 // virtual size, bytes
+	Options    blockdev.Options
+	Settle     Settle
+
+	dir       *blockdev.Dir
+	base      blockdev.Layer // in QEMU
+	immutable bool           // the base's flag is set
+}
+
+// newCutDisk opens the disk's directory and decides how it will be settled.
+// The names of new files follow once the operation's id is known (name).
+func newCutDisk(r *run, d *liveDisk) (*cutDisk, error) {
+	c := &cutDisk{
+		Device: d.rec.Device, DiskID: d.rec.ID, Dir: filepath.Dir(d.rec.LaunchPath), Prefix: r.proc.Root,
+		Launch: filepath.Base(d.rec.LaunchPath), Base: filepath.Base(d.active.Path), BaseID: d.active.ID,
+		BaseFormat: d.top().Node.Driver, BaseNode: d.top().Node.Name, Size: d.top().Node.VirtualSize,
+		Options: d.overlayOptions(), Settle: SettleLive, base: d.top(),
+	}
+	if d.rec.LaunchFormat == "raw" {
+		c.Settle = SettleConvert
+	}
+	if dir := filepath.Dir(d.active.Path); dir != c.Dir {
+		return nil, fmt.Errorf("its layer %s is not beside its launch path %s", d.active.Path, d.rec.LaunchPath)
+	}
+	return c, c.open()
+}
+
+// open opens the directory of a disk that came from the journal.
+func (c *cutDisk) open() (err error) {
+	c.dir, err = blockdev.OpenDir(c.Dir, c.Prefix)
+	return err
+}
+
+// name chooses the names of the layers. n counts the operation's layers, so
+// that each has an id of its own.
+func (c *cutDisk) name(operation string, n int) {
+	c.OverlayID = fmt.Sprintf("%s-%d", operation, n)
+	c.Overlay = blockdev.LayerName(c.Launch, c.OverlayID, "qcow2")
+	if c.Base == c.Launch {
+		c.Base = blockdev.LayerName(c.Launch, fmt.Sprintf("%s-%db", operation, n), c.BaseFormat)
+		c.NewName = true
+	}
+}
+
+// leftOut is the disk in a snapshot that does without it.
+func (c *cutDisk) leftOut() catalog.SnapshotDisk {
+	return catalog.SnapshotDisk{DiskID: c.DiskID, Device: c.Device, Size: c.Size, Excluded: true}
+}
+
+// overlay describes the new layer to QEMU.
+func (c *cutDisk) overlay() blockdev.Overlay {
+	return blockdev.Overlay{
+		Path: c.dir.Path(c.Overlay), Node: nodePrefix + c.OverlayID, Size: c.Size,
+		BasePath: c.dir.Path(c.Base), BaseFormat: c.BaseFormat, Options: c.Options,
+	}
+}
+
+// makeNames gives the base its permanent name and makes the overlay's file.
+func (c *cutDisk) makeNames() error {
+	if c.NewName {
+		if err := c.dir.Link(c.Launch, c.Base); err != nil {
+			return fmt.Errorf("disk %s: permanent name %s: %w", c.Device, c.dir.Path(c.Base), err)
+		}
+	}
+	if err := c.dir.CreateFile(c.Overlay, c.Prefix+c.dir.Path(c.Base)); err != nil {
+		return fmt.Errorf("disk %s: %w", c.Device, err)
+	}
+	return c.dir.Sync()
+}
+
+// removeNames takes back what makeNames made.
+func (c *cutDisk) removeNames() error {
+	errs := []error{c.dir.Remove(c.Overlay)}
+	if c.NewName {
+		errs = append(errs, c.dir.Remove(c.Base))
+	}
+	return errors.Join(append(errs, c.dir.Sync())...)
+}
+
+// pointLaunch makes the launch path name the overlay, unless its declared
+// format forbids it.
+func (c *cutDisk) pointLaunch() error {
+	if c.Settle != SettleLive {
+		return nil
+	}
+	return c.dir.PointAt(c.Launch, c.Overlay)
+}
+
+// reopenBacking takes the launch path's name out of QEMU. It is not needed
+// when QEMU opened the base by its permanent name.
+func (c *cutDisk) reopenBacking(ctx context.Context, m blockdev.Monitor) error {
+	if !c.NewName && filepath.Base(c.base.Filename) == c.Base {
+		return nil
+	}
+	return c.overlay().ReopenBacking(ctx, m, nodePrefix+c.BaseID, c.base, c.base.Node.Child("backing"))
+}

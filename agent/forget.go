@@ -1,0 +1,73 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/blockdev"
+)
+
+// Forget removes the records of a VM that is gone and returns the layers that
+// stay on disk. With release it also lifts the immutable flags that the agent
+// set on them, so that their owner can delete them.
+func (a *Agent) Forget(ctx context.Context, ref string, release bool) ([]string, error) {
+	v, err := a.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	if id, busy := a.ops.Running(v.rec.ID); busy {
+		return nil, fault.New(fault.Busy, "VM %s: operation %s is running", v.name(), id)
+	}
+	v.mu.Lock()
+	running, layers := len(v.runs) > 0, v.layers
+	v.mu.Unlock()
+	if running {
+		return nil, fault.New(fault.Busy, "VM %s is running: only a VM that is gone can be forgotten", v.name())
+	}
+	if release {
+		if err := releaseLayers(layers); err != nil {
+			return nil, fault.New(fault.Failed, "VM %s is not forgotten: %w", v.name(), err)
+		}
+	}
+	if err := a.catalog.DeleteVM(ctx, v.rec.ID); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	delete(a.vms, v.rec.ID)
+	a.mu.Unlock()
+	var left []string
+	for _, l := range layers {
+		if !l.Foreign {
+			left = append(left, l.Path)
+		}
+	}
+	return left, nil
+}
+
+// releaseLayers lifts the flags that the agent set. A layer that is gone needs
+// none.
+func releaseLayers(layers []catalog.Layer) error {
+	var errs []error
+	for _, l := range layers {
+		if l.Foreign || !l.Immutable {
+			continue
+		}
+		if info, err := blockdev.StatPath(l.Path); err != nil || info.Ino != l.Ino || info.Dev != l.Dev {
+			continue
+		}
+		errs = append(errs, releaseLayer(l.Path))
+	}
+	return errors.Join(errs...)
+}
+
+func releaseLayer(path string) (err error) {
+	dir, err := blockdev.OpenDir(filepath.Dir(path), "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	return dir.SetImmutable(filepath.Base(path), false)
+}

@@ -1,0 +1,371 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/blockdev"
+	"github.com/vmsnap/vmsnap/monitor"
+	"github.com/vmsnap/vmsnap/qga"
+)
+
+// The codes of preflight's warnings.
+const (
+	warnNoAgent            = "no-guest-agent"
+	warnAgentSilent        = "guest-agent-not-responding"
+	warnNoDisk             = "no-disk-selected"
+	warnExcluded           = "disk-excluded"
+	warnPaused             = "vm-paused"
+	warnLaunchRaw          = "launch-format-raw"
+	warnDropped            = "disk-dropped"
+	warnNotQuiesced        = "not-quiesced"
+	warnNoImmutable        = "immutable-flag-unavailable"
+	warnNotSettled         = "not-settled"
+	warnFirmware           = "firmware-state-not-captured"
+	warnThawUnresolved     = "thaw-unresolved"
+	warnManifest           = "manifest-not-written"
+	warnBackingNotReopened = "backing-not-reopened"
+	warnAdopted            = "adopted"
+)
+
+// overlayReserve is what must be free where an overlay is made: its metadata
+// and the first minutes of a quiet guest.
+const overlayReserve = 16 << 20
+
+// preflight is what is known before anything is changed.
+type preflight struct {
+	plan  Plan
+	live  bool // a QEMU process runs
+	run   *run
+	disks []*cutDisk // those to be cut
+	agent bool       // the guest agent answered
+	unfit []*cutDisk // disks that dropped out
+
+	excluded []catalog.SnapshotDisk
+	partial  bool // a disk that was asked for dropped out
+}
+
+// refuse adds a reason why the snapshot would fail.
+func (p *preflight) refuse(e *fault.Error) { p.plan.Blockers = append(p.plan.Blockers, e) }
+
+func (p *preflight) warn(code, disk, format string, args ...any) {
+	p.plan.Warnings = append(p.plan.Warnings, op.Warning{Code: code, Disk: disk, Message: fmt.Sprintf(format, args...)})
+}
+
+// blocker returns the first reason to refuse, warnings included when they are
+// to be strict about.
+func (p *preflight) blocker(strict bool) error {
+	if len(p.plan.Blockers) > 0 {
+		return p.plan.Blockers[0]
+	}
+	if strict && len(p.plan.Warnings) > 0 {
+		w := p.plan.Warnings[0]
+		return fault.New(fault.Failed, "VM %s: %s: %s", p.plan.VM, w.Code, w.Message).
+			WithHint("without --strict this is a warning")
+	}
+	return nil
+}
+
+// PlanSnapshot runs the preflight of CreateSnapshot and changes nothing.
+func (a *Agent) PlanSnapshot(ctx context.Context, req SnapshotRequest) (Plan, error) {
+	v, err := a.find(req.VM)
+	if err != nil {
+		return Plan{}, err
+	}
+	if err := checkRequest(&req); err != nil {
+		return Plan{}, err
+	}
+	register := v.changing.TryRLock()
+	if register {
+		defer v.changing.RUnlock()
+	}
+	p, err := a.preflight(ctx, v, req, register)
+	if err != nil {
+		return Plan{}, err
+	}
+	defer p.close()
+	if id, busy := a.ops.Running(v.rec.ID); busy {
+		p.refuse(fault.New(fault.Busy, "VM %s: operation %s is running", v.name(), id))
+	}
+	if err := p.blocker(req.Strict); err != nil && len(p.plan.Blockers) == 0 {
+		p.refuse(fault.New(fault.Of(err), "%w", err))
+	}
+	return p.plan, nil
+}
+
+// checkRequest refuses what is wrong with a request by itself, and fills in
+// the defaults.
+func checkRequest(req *SnapshotRequest) error {
+	if req.Name != "" {
+		if err := checkName(req.Name); err != nil {
+			return err
+		}
+	}
+	if err := checkTexts(req.Description, req.Labels); err != nil {
+		return err
+	}
+	switch req.Quiesce {
+	case "":
+		req.Quiesce = QuiescePrefer
+	case QuiescePrefer, QuiesceRequire:
+	case QuiesceNone:
+		if len(req.Mountpoints) > 0 {
+			return fault.New(fault.Usage, "mount points are given, but nothing is to be frozen").
+				WithHint("leave out --mountpoint or --quiesce=none")
+		}
+	default:
+		return fault.New(fault.Usage, "quiesce %q is not require, prefer or none", req.Quiesce)
+	}
+	for _, d := range req.Disks {
+		if slices.Contains(req.Exclude, d) {
+			return fault.New(fault.Usage, "disk %s is both selected and excluded", d)
+		}
+	}
+	return checkFreezeTimes(&req.FreezeTimeout, &req.Lease)
+}
+
+// checkFreezeTimes fills in and bounds the times of a freeze.
+func checkFreezeTimes(timeout, lease *time.Duration) error {
+	if *timeout == 0 {
+		*timeout = DefaultFreezeTimeout
+	}
+	if *lease == 0 {
+		*lease = DefaultLease
+	}
+	if *timeout < 0 || *timeout > maxFreeze || *lease < 0 || *lease > maxFreeze {
+		return fault.New(fault.Usage, "a freeze timeout of %s and a lease of %s: both must be above 0 and at most %s", *timeout, *lease, maxFreeze)
+	}
+	return nil
+}
+
+// maxFreeze bounds what an operator may ask for: beyond it guests report hung
+// tasks and clusters fence them.
+const maxFreeze = 10 * time.Minute
+
+// preflight looks at everything that a snapshot depends on. The error is for
+// what makes looking impossible; reasons to refuse are in the plan. register
+// allows to record disks that are seen for the first time (see liveDisks).
+func (a *Agent) preflight(ctx context.Context, v *vm, req SnapshotRequest, register bool) (*preflight, error) {
+	r, err := v.alone()
+	if err != nil {
+		return nil, err
+	}
+	p := &preflight{live: r != nil, run: r}
+	p.plan = Plan{VM: v.name(), Name: req.Name, Live: p.live, Consistency: catalog.Crash}
+	if req.Name != "" {
+		if _, err := a.catalog.SnapshotByName(ctx, v.rec.ID, req.Name); err == nil {
+			p.refuse(fault.New(fault.Exists, "VM %s has a snapshot %s already", v.name(), req.Name))
+		} else if fault.Of(err) != fault.NotFound {
+			return nil, err
+		}
+	}
+	if p.live {
+		err = a.preflightLive(ctx, v, req, p, register)
+	} else {
+		err = a.preflightStopped(v, req, p)
+	}
+	if err != nil {
+		p.close()
+		return nil, err
+	}
+	if len(p.disks) == 0 && len(p.plan.Blockers) == 0 {
+		p.warn(warnNoDisk, "", "no disk is selected")
+		p.refuse(fault.New(fault.Usage, "VM %s: no disk is left to snapshot", v.name()).
+			WithHint("vmsnap vm show %s lists its disks", v.name()))
+	}
+	return p, nil
+}
+
+// close releases the directories.
+func (p *preflight) close() {
+	for _, d := range append(p.disks, p.unfit...) {
+		if d.dir != nil {
+			_ = d.dir.Close()
+		}
+	}
+}
+
+func (a *Agent) preflightLive(ctx context.Context, v *vm, req SnapshotRequest, p *preflight, register bool) error {
+	s, err := v.monitorOf(p.run)
+	if err != nil {
+		return err
+	}
+	g, err := blockdev.ReadGraph(ctx, s)
+	if err != nil {
+		return fault.New(fault.Unresponsive, "VM %s: %w", v.name(), err)
+	}
+	disks := a.liveDisks(ctx, v, p.run, g, register)
+	names := make([]string, len(disks))
+	for i := range disks {
+		names[i] = disks[i].drive.Device
+	}
+	chosen, err := choose(v.name(), names, req, p)
+	if err != nil {
+		return err
+	}
+	for i := range disks {
+		d := &disks[i]
+		if !chosen[d.drive.Device] {
+			p.leaveOut(d.rec.ID, d.drive.Device, d.virtualSize())
+			continue
+		}
+		a.preflightDisk(v, d, g, req, p)
+	}
+	if len(disks) > 0 {
+		p.firmware(p.run)
+	}
+	return a.preflightGuest(ctx, v, s, req, p)
+}
+
+// choose resolves --disk and --exclude. Names that fit no disk are refused.
+func choose(vm string, names []string, req SnapshotRequest, p *preflight) (map[string]bool, error) {
+	for _, n := range slices.Concat(req.Disks, req.Exclude) {
+		if !slices.Contains(names, n) {
+			return nil, fault.New(fault.NotFound, "VM %s has no disk %q; its disks are %s", vm, n, strings.Join(names, ", "))
+		}
+	}
+	chosen := map[string]bool{}
+	for _, n := range names {
+		switch {
+		case slices.Contains(req.Exclude, n):
+			p.warn(warnExcluded, n, "disk %s is excluded and carried forward unchanged", n)
+		case len(req.Disks) == 0 || slices.Contains(req.Disks, n):
+			chosen[n] = true
+		}
+	}
+	return chosen, nil
+}
+
+// leaveOut lists a disk that the snapshot leaves alone.
+func (p *preflight) leaveOut(id, device string, size uint64) {
+	p.plan.Disks = append(p.plan.Disks, PlanDisk{Device: device, Excluded: true, VirtualSize: size})
+	p.excluded = append(p.excluded, catalog.SnapshotDisk{DiskID: id, Device: device, Size: size, Excluded: true})
+}
+
+// preflightDisk decides whether and how one disk is cut.
+func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req SnapshotRequest, p *preflight) {
+	refuse := func(kind fault.Kind, format string, args ...any) {
+		p.drop(v, catalog.SnapshotDisk{DiskID: d.rec.ID, Device: d.drive.Device, Size: d.virtualSize()}, req.AllowPartial, fault.New(kind, "VM %s: disk %s: %s", v.name(), d.drive.Device, fmt.Sprintf(format, args...)))
+	}
+	if d.reason != "" {
+		refuse(fault.Unsupported, "%s", d.reason)
+		return
+	}
+	if d.rec.SettleNeeded {
+		refuse(fault.Unsupported, "its launch path is not settled since the last snapshot, which happens when the VM has stopped")
+		return
+	}
+	if job := g.Job(d.drive); job != "" {
+		refuse(fault.Busy, "QEMU's block job %s is working on it", job)
+		return
+	}
+	c, err := newCutDisk(p.run, d)
+	if err != nil {
+		refuse(fault.Failed, "%v", err)
+		return
+	}
+	if c.Settle == SettleConvert {
+		p.warn(warnLaunchRaw, c.Device, "its launch command declares format=raw, so after the snapshot it can only be started again once vmsnapd has converted it; that happens when the VM has stopped")
+	}
+	p.admit(v, c, req.AllowPartial)
+}
+
+// admit adds a disk to the cut when there is room for its overlay.
+func (p *preflight) admit(v *vm, c *cutDisk, partial bool) {
+	free, err := c.dir.Free()
+	if err != nil {
+		p.drop(v, c.leftOut(), partial, fault.New(fault.Failed, "VM %s: disk %s: %w", v.name(), c.Device, err))
+		return
+	}
+	p.plan.Disks = append(p.plan.Disks, PlanDisk{Device: c.Device, Directory: c.Dir, Free: free, VirtualSize: c.Size, Settle: c.Settle})
+	if free < overlayReserve {
+		p.unfit = append(p.unfit, c)
+		p.drop(v, c.leftOut(), partial, fault.New(fault.NoSpace, "VM %s: disk %s: only %d KiB are free in %s; %d KiB are needed",
+			v.name(), c.Device, free>>10, c.Dir, overlayReserve>>10))
+		return
+	}
+	p.disks = append(p.disks, c)
+}
+
+// drop refuses the snapshot for a disk, or leaves the disk out.
+func (p *preflight) drop(v *vm, d catalog.SnapshotDisk, partial bool, e *fault.Error) {
+	if partial {
+		p.partial, d.Excluded = true, true
+		p.excluded = append(p.excluded, d)
+		p.warn(warnDropped, d.Device, "left out: %s", e.Message)
+		return
+	}
+	p.refuse(e.WithHint("--exclude %s leaves it out, --allow-partial leaves out whatever fails; vmsnap vm show %s tells more", d.Device, v.name()))
+}
+
+// firmware warns of state that belongs to the VM and that is in no disk.
+func (p *preflight) firmware(r *run) {
+	for _, d := range r.proc.Drives {
+		if d.Interface == "pflash" && !d.ReadOnly {
+			p.warn(warnFirmware, "", "firmware variables in %s are not part of the snapshot", filepath.Base(d.File))
+		}
+	}
+}
+
+// preflightGuest finds out whether the guest can be frozen.
+func (a *Agent) preflightGuest(ctx context.Context, v *vm, s *monitor.Session, req SnapshotRequest, p *preflight) error {
+	if req.Quiesce == QuiesceNone {
+		return nil
+	}
+	why := ""
+	st, err := s.QueryStatus(ctx)
+	switch {
+	case err != nil:
+		return fault.New(fault.Unresponsive, "VM %s: %w", v.name(), err)
+	case st.Status != monitor.RunStateRunning:
+		p.warn(warnPaused, "", "the VM is %s, so its guest cannot be frozen", st.Status)
+		why = "the VM is " + string(st.Status)
+	case p.run.proc.GuestAgent.Path == "":
+		p.warn(warnNoAgent, "", "the VM has no guest-agent channel (a virtserialport named org.qemu.guest_agent.0)")
+		why = "it has no guest agent"
+	default:
+		if err := a.pingGuest(ctx, p.run); err != nil {
+			p.warn(warnAgentSilent, "", "the guest agent does not answer: %v", err)
+			why = "its guest agent does not answer"
+		}
+	}
+	if why != "" {
+		if req.Quiesce == QuiesceRequire {
+			p.refuse(fault.New(fault.NotQuiesced, "VM %s cannot be quiesced: %s", v.name(), why).
+				WithHint("--quiesce=prefer takes a crash-consistent snapshot instead"))
+		}
+		return nil
+	}
+	p.agent, p.plan.Consistency = true, catalog.Filesystem
+	window, known, err := a.catalog.LastFreezeWindow(ctx, v.rec.ID)
+	if err == nil && known {
+		p.plan.Window = window
+	}
+	return err
+}
+
+// pingDeadline bounds the guest agent's answer before a freeze: a live agent
+// answers within milliseconds, a busy guest within a second or two.
+const pingDeadline = 3 * time.Second
+
+func (a *Agent) pingGuest(ctx context.Context, r *run) error {
+	addr, err := r.proc.Address(r.proc.GuestAgent)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, pingDeadline)
+	defer cancel()
+	c, err := qga.Dial(ctx, addr, qga.DefaultLimits)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	return c.Ping(ctx)
+}

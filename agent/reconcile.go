@@ -1,0 +1,63 @@
+package agent
+
+import (
+	"context"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/blockdev"
+)
+
+// askAgain is how long a QEMU that does not answer is left alone.
+const askAgain = time.Second
+
+// reconcile finds out whether a transaction happened whose answer never came.
+// It asks until QEMU answers or is gone: overlays that may hold a guest's
+// writes are never given up on a guess. The guest is thawed first.
+func (c *cut) reconcile(ctx context.Context, cause error) (happened bool, err error) {
+	c.o.Logger().Warn("the cut's outcome is unknown; asking QEMU", "error", cause)
+	if c.guard != nil {
+		thaw := c.guard.Close()
+		if thaw != nil {
+			c.o.Logger().Warn("thaw before asking", "error", thaw)
+		}
+		c.endFreeze(c.vm, c.guard, thaw)
+		c.guard = nil
+	}
+	if c.req.Quiesce != QuiesceNone {
+		c.notQuiesced("QEMU did not answer the cut: " + cause.Error())
+	}
+	for {
+		if !discover.Same(c.run.proc.PID, c.run.proc.StartTime) {
+			c.session = nil // an empty overlay equals its base: adopt them
+			return true, nil
+		}
+		if s, err := c.vm.monitorOf(c.run); err == nil {
+			if g, err := blockdev.ReadGraph(ctx, s); err == nil {
+				c.session = s
+				if c.inUse(g) {
+					return true, nil
+				}
+				return false, fault.New(fault.Failed, "VM %s: QEMU did not take the cut, and its answer was lost: %w", c.vm.name(), cause)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		case <-time.After(askAgain):
+		}
+	}
+}
+
+// inUse reports whether the overlays are part of the VM's disks. QEMU takes all
+// actions of a transaction or none.
+func (c *cut) inUse(g *blockdev.Graph) bool {
+	for _, d := range c.disks {
+		n := g.Nodes[d.overlay().Node]
+		if n == nil || n.Child("backing") == "" {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,271 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/blockdev"
+	"github.com/vmsnap/vmsnap/freeze"
+)
+
+// thawLeftovers thaws every guest that an earlier agent left frozen. It runs
+// before anything else: a frozen guest is an outage.
+func (a *Agent) thawLeftovers(ctx context.Context) []freeze.Recovery {
+	recoveries, err := freeze.Recover(ctx, a.cfg.Freezing)
+	if err != nil {
+		a.log.Error("freezes that an earlier run left behind", "error", err)
+	}
+	for _, r := range recoveries {
+		q := r.Lease.Request
+		if r.Resolved() {
+			a.log.Warn("a freeze was left behind", "vm", q.VM, "operation", q.Operation, "outcome", string(r.Outcome.End))
+			continue
+		}
+		a.log.Error("a guest may still be frozen", "vm", q.VM, "operation", q.Operation, "error", r.Err)
+	}
+	return recoveries
+}
+
+// showUnresolved marks the VMs whose guests could not be thawed yet.
+func (a *Agent) showUnresolved(recoveries []freeze.Recovery) {
+	for _, r := range recoveries {
+		v := a.vms[r.Lease.Request.VMID]
+		if v == nil || r.Guard == nil || r.Resolved() {
+			continue
+		}
+		v.freeze = &FreezeView{Since: r.Lease.Since, Deadline: r.Lease.Deadline, Operation: r.Lease.Request.Operation, Unresolved: true}
+		a.awaitThaw(v, r.Guard)
+	}
+}
+
+// recover finishes or reverts every operation that an earlier agent left
+// unfinished, and settles what stopped while no agent ran.
+func (a *Agent) recover(ctx context.Context) {
+	records, err := a.catalog.Operations(ctx, op.Filter{Active: true})
+	if err != nil {
+		a.log.Error("unfinished operations cannot be read", "error", err)
+		return
+	}
+	for _, rec := range records {
+		a.mu.RLock()
+		v := a.vms[rec.VMID]
+		a.mu.RUnlock()
+		recipe := func(ctx context.Context, o *op.Op) error { return a.recoverOne(ctx, o, v, rec) }
+		if err := a.ops.Resume(rec, recipe); err != nil {
+			a.log.Error("an unfinished operation cannot be taken over", "operation", rec.ID, "vm", rec.VMName, "error", err)
+			continue
+		}
+		if _, err := a.ops.Wait(ctx, rec.ID); err != nil {
+			a.log.Warn("recovery goes on", "operation", rec.ID, "error", err)
+		}
+	}
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	for _, v := range a.vms {
+		if v.unfinished {
+			v.unfinished = false
+			v.changing.Unlock()
+		}
+		a.settleStopped(ctx, v)
+		a.group.Go(func() { a.lookAgain(ctx, v) })
+	}
+}
+
+// recoverOne brings one unfinished operation to its end.
+func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) error {
+	interrupted := fault.New(fault.Failed, "vmsnapd ended while the operation ran; it was taken back")
+	if v == nil || rec.Kind == op.KindFreeze {
+		return interrupted // the lease has been dealt with already
+	}
+	entries, err := a.catalog.Journal(ctx, rec.ID)
+	if err != nil {
+		return err
+	}
+	if rec.Kind == op.KindSettle {
+		return errors.Join(a.recoverConversions(ctx, entries), interrupted)
+	}
+	if done, err := a.committed(ctx, v, rec.ID); err != nil || done != "" {
+		o.SetSnapshot(done)
+		return errors.Join(err, a.recoverConversions(ctx, entries))
+	}
+	c := &cut{Agent: a, o: o, vm: v, cutAt: rec.Started}
+	last, sent, err := c.load(rec, entries)
+	if err != nil {
+		return err
+	}
+	defer c.closeDirs()
+	if len(c.disks) == 0 {
+		return interrupted
+	}
+	if err := c.findProcess(ctx, last); err != nil {
+		return err
+	}
+	if !sent {
+		return errors.Join(o.Step(ctx, "take back", c.takeBack), interrupted)
+	}
+	if happened, err := c.happened(ctx); err != nil {
+		return err
+	} else if !happened {
+		return errors.Join(o.Step(ctx, "take back", c.takeBack), interrupted)
+	}
+	c.warn(warnAdopted, "", "vmsnapd ended after the cut; the snapshot was completed when it came back")
+	if err := o.Step(ctx, "settle", c.settle); err != nil {
+		return err
+	}
+	return o.Step(ctx, "commit", c.commit)
+}
+
+// committed returns the id of the snapshot that an operation has entered into
+// the catalog, or "".
+func (a *Agent) committed(ctx context.Context, v *vm, operation string) (string, error) {
+	all, err := a.catalog.Snapshots(ctx, v.rec.ID)
+	for _, s := range all {
+		if s.Operation == operation {
+			return s.ID, err
+		}
+	}
+	return "", err
+}
+
+// load brings a cut back from its journal, and says whether its transaction
+// may have been sent.
+func (c *cut) load(rec op.Record, entries []op.Entry) (p prepared, sent bool, err error) {
+	if err := json.Unmarshal(rec.Request, &c.req); err != nil {
+		return p, false, err
+	}
+	c.quiesce = catalog.Quiesce{Requested: string(c.req.Quiesce), Reason: "vmsnapd ended before the guest confirmed that it was frozen at the cut"}
+	for _, e := range entries {
+		switch e.Kind {
+		case entryPrepare, entryCut:
+			p = prepared{}
+			if err := json.Unmarshal(e.Data, &p); err != nil {
+				return p, false, err
+			}
+			c.disks, c.excluded, c.partial, c.offline = p.Disks, p.Excluded, p.Partial, p.Offline
+			c.req.Name, c.config = p.Name, p.Config
+			if e.Kind == entryCut {
+				sent, c.cutAt = true, e.Time
+			}
+		case entryThawed:
+			if err := json.Unmarshal(e.Data, &c.quiesce); err != nil {
+				return p, false, err
+			}
+		}
+	}
+	for _, d := range c.disks {
+		if err := d.open(); err != nil {
+			return p, false, c.failure(d, err)
+		}
+	}
+	return p, sent, nil
+}
+
+func (c *cut) closeDirs() {
+	for _, d := range c.disks {
+		if d.dir != nil {
+			_ = d.dir.Close()
+		}
+	}
+}
+
+// findProcess finds the QEMU process of the cut again, if it still runs, and
+// waits for its monitor.
+func (c *cut) findProcess(ctx context.Context, p prepared) error {
+	if p.PID == 0 || !discover.Same(p.PID, p.StartTime) {
+		return nil
+	}
+	_, r := c.runOf(discover.Process{PID: p.PID, StartTime: p.StartTime})
+	if r == nil {
+		return fault.New(fault.Failed, "VM %s: process %d runs and was not found", c.vm.name(), p.PID)
+	}
+	c.run = r
+	for {
+		s, err := c.vm.monitorOf(r)
+		if err == nil {
+			c.session = s
+			return nil
+		}
+		if !discover.Same(r.proc.PID, r.proc.StartTime) {
+			c.run = nil
+			return nil
+		}
+		c.o.Logger().Warn("waiting for the VM's monitor", "error", err)
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(askAgain):
+		}
+	}
+}
+
+// happened says whether a transaction that may have been sent took place.
+func (c *cut) happened(ctx context.Context) (bool, error) {
+	if c.run == nil {
+		return c.happenedBeforeEnd()
+	}
+	g, err := blockdev.ReadGraph(ctx, c.session)
+	if err != nil {
+		return false, err
+	}
+	if !c.inUse(g) {
+		return false, nil
+	}
+	for _, d := range c.disks {
+		b := g.Nodes[g.Nodes[d.overlay().Node].Child("backing")]
+		if b == nil {
+			return false, fault.New(fault.Failed, "VM %s: disk %s: QEMU does not describe the layer below %s", c.vm.name(), d.Device, d.Overlay)
+		}
+		d.base = blockdev.Layer{Node: b, File: g.Nodes[b.Child("file")], Filename: b.Filename}
+	}
+	return true, nil
+}
+
+// happenedBeforeEnd decides for a QEMU that is gone. Overlays are adopted: an
+// empty one equals its base. Only when a QEMU has been started on the base
+// since, which wrote to it, is an empty overlay given up; one that holds data
+// is then an error that no program should decide.
+func (c *cut) happenedBeforeEnd() (bool, error) {
+	r, err := c.vm.alone()
+	if err != nil || r == nil {
+		return err == nil, err
+	}
+	for _, d := range c.disks {
+		launch, err := d.dir.Stat(d.Launch)
+		if err != nil {
+			return false, c.failure(d, err)
+		}
+		overlay, err := d.dir.Stat(d.Overlay)
+		if err != nil {
+			return false, c.failure(d, err)
+		}
+		if launch.FileID == overlay.FileID || d.Settle != SettleLive {
+			continue // the VM came up on the overlay, or could not come up at all
+		}
+		empty, err := blockdev.IsEmpty(d.Prefix + d.dir.Path(d.Overlay))
+		if err != nil {
+			return false, c.failure(d, err)
+		}
+		if !empty {
+			return false, fault.New(fault.Failed, "VM %s: disk %s was started on %s although the overlay %s holds newer data; both files are kept",
+				c.vm.name(), d.Device, d.dir.Path(d.Launch), d.dir.Path(d.Overlay)).
+				WithHint("stop the VM, and decide which of the two states is wanted")
+		}
+		return false, nil
+	}
+	return true, nil
+}
+
+// takeBack removes everything that the cut made.
+func (c *cut) takeBack(ctx context.Context) error {
+	var errs []error
+	for _, d := range c.disks {
+		errs = append(errs, c.unbuild(ctx, d))
+	}
+	return errors.Join(errs...)
+}

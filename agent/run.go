@@ -1,0 +1,348 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/blockdev"
+	"github.com/vmsnap/vmsnap/monitor"
+)
+
+// How a VM ended, as catalog.VM.Stopped records it.
+const (
+	endedByShutdown  = "shutdown" // the guest shut down, and QEMU said so
+	endedByKill      = "killed"
+	endedByMigration = "migrated"
+)
+
+// run is one QEMU process of a VM, and the monitor session to it.
+type run struct {
+	proc   discover.Process
+	cancel context.CancelFunc
+	ended  chan struct{} // closed when follow has returned
+
+	mu       sync.Mutex
+	session  *monitor.Session // nil while there is none
+	socket   string           // the QMP socket in use
+	problem  *Problem         // why there is no session
+	status   string           // QEMU's run state
+	version  string
+	presence Presence
+	disks    []liveDisk
+	how      string // how it ended, as far as QEMU told
+	first    chan struct{}
+	once     sync.Once
+}
+
+func newRun(p discover.Process) *run {
+	r := &run{proc: p, ended: make(chan struct{}), first: make(chan struct{}), presence: NoChannel}
+	if p.GuestAgent.Path != "" {
+		r.presence = Disconnected
+	}
+	return r
+}
+
+// awaitEnd waits until the session has read everything that QEMU wrote, and
+// says how the VM ended.
+func (r *run) awaitEnd(ctx context.Context) string {
+	r.mu.Lock()
+	s := r.session
+	r.mu.Unlock()
+	if s != nil {
+		select {
+		case <-r.ended:
+		case <-ctx.Done():
+		case <-time.After(endOfSession):
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.how == "" {
+		return endedByKill
+	}
+	return r.how
+}
+
+// endOfSession bounds the wait for a session whose process has exited: the
+// kernel closes its socket at exit, so what is left to read is in the buffer.
+const endOfSession = 2 * time.Second
+
+// follow keeps a session to the process until it ends.
+func (a *Agent) follow(ctx context.Context, v *vm, r *run) {
+	defer close(r.ended)
+	wait := dialFirst
+	for ctx.Err() == nil && discover.Same(r.proc.PID, r.proc.StartTime) {
+		s, socket, err := dialFree(ctx, r.proc)
+		if err != nil {
+			r.setProblem(a.dialProblem(r, err))
+			if wait > dialQuiet {
+				r.once.Do(func() { close(r.first) })
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(wait):
+			}
+			wait = min(2*wait, dialLast)
+			continue
+		}
+		wait = dialFirst
+		a.attend(ctx, v, r, s, socket)
+		_ = s.Close()
+	}
+	r.once.Do(func() { close(r.first) })
+}
+
+// How often a socket that does not answer is tried: a QEMU that starts opens
+// its sockets within milliseconds, one that is busy stays so for long.
+const (
+	dialFirst = 20 * time.Millisecond
+	dialQuiet = 300 * time.Millisecond
+	dialLast  = 5 * time.Second
+)
+
+// dialFree returns a session on the first QMP socket that is free.
+func dialFree(ctx context.Context, p discover.Process) (*monitor.Session, string, error) {
+	if len(p.QMP) == 0 {
+		return nil, "", errNoSocket
+	}
+	var errs []error
+	for _, socket := range p.QMP {
+		addr, err := p.Address(socket)
+		if err == nil {
+			var s *monitor.Session
+			if s, err = monitor.Dial(ctx, addr); err == nil {
+				return s, socket.Path, nil
+			}
+		}
+		errs = append(errs, err)
+	}
+	return nil, "", errors.Join(errs...)
+}
+
+var errNoSocket = errors.New("no QMP socket")
+
+func (a *Agent) dialProblem(r *run, err error) *Problem {
+	switch {
+	case r.proc.Libvirt:
+		return &Problem{"libvirt-managed", "managed by libvirt (" + r.proc.LibvirtEvidence + "), which holds the monitor",
+			"give the domain a second monitor with <qemu:commandline> -qmp unix:…,server=on,wait=off; libvirt's own view of the disks becomes stale after a cut"}
+	case errors.Is(err, errNoSocket):
+		return &Problem{"no-qmp-socket", "the launch command gives no QMP socket",
+			"add -qmp unix:/run/vmsnap/" + displayName(r.proc) + ".qmp,server=on,wait=off to it"}
+	case errors.Is(err, monitor.ErrBusy):
+		return &Problem{"monitor-busy", "another client holds every QMP socket, or QEMU is stopped: " + err.Error(),
+			"end the other client, or give QEMU a second -qmp socket"}
+	default:
+		return &Problem{"monitor-unreachable", err.Error(), "check that the socket exists and that vmsnapd may open it"}
+	}
+}
+
+func (r *run) setProblem(p *Problem) {
+	r.mu.Lock()
+	r.problem = p
+	r.mu.Unlock()
+}
+
+// attend serves one session: it learns what QEMU tells and follows its events
+// until the session ends.
+func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, socket string) {
+	sub := s.Subscribe(64, "STOP", "RESUME", "SHUTDOWN", "RESET", "SUSPEND", "WAKEUP", "GUEST_PANICKED", "MIGRATION",
+		"VSERPORT_CHANGE", "DEVICE_DELETED", "BLOCK_IO_ERROR")
+	defer sub.Close()
+	if err := a.learn(ctx, v, r, s); err != nil {
+		a.log.Warn("a VM's monitor does not tell what is needed", "vm", v.name(), "socket", socket, "error", err)
+		r.setProblem(&Problem{"monitor-unresponsive", err.Error(), "check whether QEMU is stopped or hung"})
+		return
+	}
+	r.mu.Lock()
+	r.session, r.socket, r.problem = s, socket, nil
+	r.mu.Unlock()
+	r.once.Do(func() { close(r.first) })
+	for e := range sub.C {
+		r.mu.Lock()
+		r.event(e)
+		r.mu.Unlock()
+		switch e.Name {
+		case "STOP", "RESUME", "SUSPEND", "WAKEUP", "GUEST_PANICKED", "BLOCK_IO_ERROR", "MIGRATION":
+			if err := r.refreshStatus(ctx, s); err != nil {
+				a.log.Debug("run state unknown", "vm", v.name(), "error", err)
+			}
+		case "DEVICE_DELETED":
+			if err := a.refreshDisks(ctx, v, r, s); err != nil {
+				a.log.Debug("disks unknown", "vm", v.name(), "error", err)
+			}
+		}
+	}
+	r.mu.Lock()
+	r.session = nil
+	r.problem = &Problem{"monitor-lost", "the monitor session ended", "vmsnapd connects again by itself"}
+	r.mu.Unlock()
+}
+
+// event takes in what an event says by itself. It runs under r.mu.
+func (r *run) event(e monitor.Event) {
+	var data struct {
+		Guest  bool   `json:"guest"`
+		Status string `json:"status"`
+		ID     string `json:"id"`
+		Open   bool   `json:"open"`
+	}
+	if err := e.Decode(&data); err != nil {
+		return // a hint that cannot be read is no hint
+	}
+	switch e.Name {
+	case "SHUTDOWN":
+		if data.Guest {
+			r.how = endedByShutdown
+		}
+	case "RESET":
+		r.how = "" // a shutdown that -no-shutdown survived does not count any more
+	case "MIGRATION":
+		if data.Status == "completed" {
+			r.how = endedByMigration
+		}
+	case "RESUME":
+		r.how = ""
+	case "VSERPORT_CHANGE":
+		if data.ID != "" && data.ID == r.proc.GuestAgentDevice {
+			r.presence = presenceOf(data.Open)
+		}
+	}
+}
+
+// learn asks QEMU everything that is kept of it.
+func (a *Agent) learn(ctx context.Context, v *vm, r *run, s *monitor.Session) error {
+	ver := s.Version()
+	r.mu.Lock()
+	r.version = fmt.Sprintf("%d.%d.%d", ver.QEMU.Major, ver.QEMU.Minor, ver.QEMU.Micro)
+	r.mu.Unlock()
+	if err := r.refreshStatus(ctx, s); err != nil {
+		return err
+	}
+	if err := r.refreshPresence(ctx, s); err != nil {
+		return err
+	}
+	return a.refreshDisks(ctx, v, r, s)
+}
+
+func (r *run) refreshStatus(ctx context.Context, s *monitor.Session) error {
+	st, err := s.QueryStatus(ctx)
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	r.status = string(st.Status)
+	if st.Status == "postmigrate" {
+		r.how = endedByMigration
+	}
+	r.mu.Unlock()
+	return nil
+}
+
+func presenceOf(open bool) Presence {
+	if open {
+		return Connected
+	}
+	return Disconnected
+}
+
+// refreshPresence reads whether something in the guest has the agent's port
+// open: query-chardev's frontend-open.
+func (r *run) refreshPresence(ctx context.Context, s *monitor.Session) error {
+	if r.proc.GuestAgent.Path == "" || r.proc.GuestAgent.Chardev == "" {
+		return nil
+	}
+	devs, err := s.QueryChardev(ctx)
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, d := range devs {
+		if d.Label == r.proc.GuestAgent.Chardev {
+			r.presence = presenceOf(d.FrontendOpen)
+		}
+	}
+	return nil
+}
+
+// lookAgain brings what is shown of a VM up to date after its disks changed.
+func (a *Agent) lookAgain(ctx context.Context, v *vm) {
+	if err := a.reload(ctx, v); err != nil {
+		a.log.Error("the catalog cannot be read", "vm", v.name(), "error", err)
+	}
+	r, err := v.alone()
+	if err != nil || r == nil {
+		return
+	}
+	s, err := v.monitorOf(r)
+	if err == nil {
+		err = a.refreshDisks(ctx, v, r, s)
+	}
+	if err != nil {
+		a.log.Debug("disks unknown", "vm", v.name(), "error", err)
+	}
+}
+
+func (a *Agent) refreshDisks(ctx context.Context, v *vm, r *run, s *monitor.Session) error {
+	register := v.changing.TryRLock()
+	if register {
+		defer v.changing.RUnlock()
+	}
+	g, err := blockdev.ReadGraph(ctx, s)
+	if err != nil {
+		return err
+	}
+	disks := a.liveDisks(ctx, v, r, g, register)
+	r.mu.Lock()
+	r.disks = disks
+	r.mu.Unlock()
+	return nil
+}
+
+// monitorOf returns the session to a running VM's QEMU, after checking that
+// the process is still the one that was found.
+func (v *vm) monitorOf(r *run) (*monitor.Session, error) {
+	if !discover.Same(r.proc.PID, r.proc.StartTime) {
+		return nil, fault.New(fault.Unresponsive, "VM %s: its QEMU process %d is gone", v.name(), r.proc.PID)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.session != nil {
+		return r.session, nil
+	}
+	kind := fault.Unresponsive
+	if r.problem == nil {
+		return nil, fault.New(kind, "VM %s: its monitor has not answered yet", v.rec.Name)
+	}
+	if r.problem.Code == "no-qmp-socket" || r.problem.Code == "libvirt-managed" {
+		kind = fault.Unsupported
+	}
+	return nil, fault.New(kind, "VM %s: %s", v.rec.Name, r.problem.Message).WithHint("%s", r.problem.Hint)
+}
+
+// configuration is what a snapshot keeps of a VM besides its disks.
+type configuration struct {
+	Command     []string `json:"command"`
+	QEMUVersion string   `json:"qemu_version"`
+	Machine     string   `json:"machine,omitempty"`
+	CPU         string   `json:"cpu,omitempty"`
+	MemoryBytes uint64   `json:"memory_bytes,omitempty"`
+	Unit        string   `json:"unit,omitempty"`
+	UUID        string   `json:"uuid,omitempty"`
+}
+
+func (r *run) configuration() (json.RawMessage, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return json.Marshal(configuration{
+		Command: r.proc.Args, QEMUVersion: r.version, Machine: r.proc.Machine, CPU: r.proc.CPU,
+		MemoryBytes: r.proc.MemoryBytes, Unit: r.proc.Cgroup.Unit, UUID: r.proc.UUID,
+	})
+}

@@ -1,0 +1,245 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/blockdev"
+)
+
+// settleStopped settles, as an operation, what could not be settled while the
+// VM ran.
+func (a *Agent) settleStopped(ctx context.Context, v *vm) {
+	if !v.needsSettling() {
+		return
+	}
+	_, err := a.begin(ctx, op.Spec{Kind: op.KindSettle, VMID: v.rec.ID, VMName: v.name(), Request: struct{}{}},
+		func(ctx context.Context, o *op.Op) error { return a.settleRecipe(ctx, o, v) })
+	if err != nil {
+		a.log.Error("the disks of a stopped VM cannot be settled", "vm", v.name(), "error", err)
+	}
+}
+
+func (v *vm) needsSettling() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.runs) > 0 || v.rec.Stopped == endedByMigration {
+		return false
+	}
+	for _, d := range v.disks {
+		if d.SettleNeeded && !d.Removed {
+			return true
+		}
+	}
+	return false
+}
+
+// settleRecipe makes the launch path of each disk name a file with the newest
+// content, in the format that the launch command declares.
+func (a *Agent) settleRecipe(ctx context.Context, o *op.Op, v *vm) error {
+	v.changing.Lock()
+	defer v.changing.Unlock()
+	disks, err := a.catalog.Disks(ctx, v.rec.ID)
+	if err != nil {
+		return err
+	}
+	for _, d := range disks {
+		if !d.SettleNeeded || d.Removed {
+			continue
+		}
+		err := o.Step(ctx, "convert "+d.Device, func(ctx context.Context) error { return a.convert(ctx, o, d) })
+		if err != nil {
+			return fault.New(kindOf(err), "VM %s: disk %s: %w", v.name(), d.Device, err)
+		}
+	}
+	return a.reload(ctx, v)
+}
+
+// entryConvert announces a conversion.
+const entryConvert = "convert"
+
+// conversion is a disk that gets a new file in the format that its launch
+// command declares. It is what the journal keeps of it.
+type conversion struct {
+	Disk   catalog.Disk
+	Old    catalog.Layer // the overlay that is replaced
+	New    catalog.Layer
+	Dir    string // of the launch path
+	Launch string // names within it
+	Name   string
+}
+
+// convert gives a disk whose launch command declares format=raw a raw file
+// with its newest content, and points the launch path at it. Until then the
+// launch path names the covered layer, which is immutable, so that a start
+// fails rather than writes to it. The overlay is not needed any more.
+func (a *Agent) convert(ctx context.Context, o *op.Op, d catalog.Disk) (err error) {
+	active, err := a.catalog.Layer(ctx, d.ActiveLayer)
+	if err != nil {
+		return err
+	}
+	locks, err := a.lockTree(ctx, active)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeAll(locks)) }()
+	c := conversion{Disk: d, Old: active, Dir: filepath.Dir(d.LaunchPath), Launch: filepath.Base(d.LaunchPath)}
+	c.New = catalog.Layer{ID: newID(), DiskID: d.ID, Format: "raw", VirtualSize: active.VirtualSize, Operation: o.ID(), Created: time.Now()}
+	c.Name = blockdev.LayerName(c.Launch, c.New.ID, "raw")
+	dir, err := blockdev.OpenDir(c.Dir, "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	c.New.Path = dir.Path(c.Name)
+	if err := o.Journal(ctx, entryConvert, c); err != nil {
+		return err
+	}
+	o.Revert("remove "+c.Name, func(context.Context) error { return dir.Remove(c.Name) })
+	if err := dir.CreateFile(c.Name, active.Path); err != nil {
+		return err
+	}
+	err = blockdev.Convert(ctx, active.Path, active.Format, c.New.Path, "raw", func(done, total uint64) {
+		o.Progress(done*active.VirtualSize/total, active.VirtualSize, "bytes")
+	})
+	if err != nil {
+		return err
+	}
+	if err := dir.SyncFile(c.Name); err != nil {
+		return err
+	}
+	if err := o.PointOfNoReturn(); err != nil {
+		return err
+	}
+	o.DropReverts() // from here on the launch path may name the new file
+	return a.finishConversion(context.WithoutCancel(ctx), dir, c)
+}
+
+// finishConversion points the launch path at the converted file, makes that
+// the active layer, and removes the overlay that it replaces. It can be done
+// again after a crash at any point.
+func (a *Agent) finishConversion(ctx context.Context, dir *blockdev.Dir, c conversion) error {
+	if err := a.pointPast(ctx, dir, c.Launch, c.Name, c.Old); err != nil {
+		return err
+	}
+	info, err := dir.Stat(c.Name)
+	if err != nil {
+		return err
+	}
+	c.New.Dev, c.New.Ino = info.Dev, info.Ino
+	c.Disk.ActiveLayer, c.Disk.SettleNeeded = c.New.ID, false
+	if err := a.putLayers(ctx, []catalog.Layer{c.New}, []catalog.Disk{c.Disk}); err != nil {
+		return err
+	}
+	if err := a.catalog.DeleteLayer(ctx, c.Old.ID); err != nil && fault.Of(err) != fault.NotFound {
+		return err
+	}
+	return dir.Remove(filepath.Base(c.Old.Path))
+}
+
+// recoverConversions finishes the conversions whose file the launch path names
+// already, and takes the others back.
+func (a *Agent) recoverConversions(ctx context.Context, entries []op.Entry) error {
+	var errs []error
+	for _, e := range entries {
+		if e.Kind != entryConvert {
+			continue
+		}
+		var c conversion
+		if err := json.Unmarshal(e.Data, &c); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, a.recoverConversion(ctx, c))
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Agent) recoverConversion(ctx context.Context, c conversion) (err error) {
+	dir, err := blockdev.OpenDir(c.Dir, "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	made, err := dir.Stat(c.Name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if launch, err := dir.Stat(c.Launch); err == nil && launch.FileID == made.FileID {
+		return a.finishConversion(ctx, dir, c)
+	}
+	return dir.Remove(c.Name)
+}
+
+// pointPast points the launch path at a layer when it names the covered layer
+// below active, whose flag has to be lifted for the rename.
+func (a *Agent) pointPast(ctx context.Context, dir *blockdev.Dir, launch, name string, active catalog.Layer) (err error) {
+	if active.Parent != "" {
+		base, err := a.catalog.Layer(ctx, active.Parent)
+		if err != nil {
+			return err
+		}
+		if base.Immutable && !base.Foreign {
+			if err := dir.SetImmutable(filepath.Base(base.Path), false); err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, dir.SetImmutable(filepath.Base(base.Path), true)) }()
+		}
+	}
+	if err := dir.PointAt(launch, name); err != nil {
+		return err
+	}
+	return dir.Sync()
+}
+
+// lockTree takes the image locks of a layer, exclusively, and of all below it,
+// against writers.
+func (a *Agent) lockTree(ctx context.Context, active catalog.Layer) (locks []*blockdev.Lock, err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeAll(locks))
+		}
+	}()
+	l, err := blockdev.LockExclusive(active.Path)
+	if err != nil {
+		return nil, lockError(active.Path, err)
+	}
+	locks = append(locks, l)
+	for active.Parent != "" {
+		if active, err = a.catalog.Layer(ctx, active.Parent); err != nil {
+			return locks, err
+		}
+		l, err := blockdev.LockNoWriters(active.Path)
+		if err != nil {
+			return locks, lockError(active.Path, err)
+		}
+		locks = append(locks, l)
+	}
+	return locks, nil
+}
+
+func lockError(path string, err error) error {
+	if errors.Is(err, blockdev.ErrLocked) {
+		return fault.New(fault.Busy, "layer %s: %w", path, err).WithHint("end the process that has it open, or wait for it")
+	}
+	return fmt.Errorf("layer %s: %w", path, err)
+}
+
+func closeAll(locks []*blockdev.Lock) error {
+	var errs []error
+	for _, l := range locks {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
+}

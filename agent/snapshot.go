@@ -1,0 +1,306 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/blockdev"
+	"github.com/vmsnap/vmsnap/freeze"
+	"github.com/vmsnap/vmsnap/monitor"
+)
+
+// CreateSnapshot starts a snapshot and returns its operation.
+func (a *Agent) CreateSnapshot(ctx context.Context, req SnapshotRequest) (op.Record, error) {
+	v, err := a.find(req.VM)
+	if err != nil {
+		return op.Record{}, err
+	}
+	if err := checkRequest(&req); err != nil {
+		return op.Record{}, err
+	}
+	spec := op.Spec{Kind: op.KindSnapshot, VMID: v.rec.ID, VMName: v.name(), Request: req, RequestID: req.RequestID, UID: req.UID}
+	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
+		v.changing.Lock()
+		defer func() {
+			v.changing.Unlock()
+			a.lookAgain(context.WithoutCancel(ctx), v)
+		}()
+		return a.snapshot(ctx, o, v, req)
+	})
+}
+
+// snapshot is the recipe. It runs alone on its VM.
+func (a *Agent) snapshot(ctx context.Context, o *op.Op, v *vm, req SnapshotRequest) error {
+	c := &cut{Agent: a, o: o, vm: v, req: req, quiesce: catalog.Quiesce{Requested: string(req.Quiesce)}}
+	if req.Name == "" {
+		c.req.Name = generatedName(time.Now(), o.ID())
+	}
+	var p *preflight
+	err := o.Step(ctx, "preflight", func(ctx context.Context) (err error) {
+		if p, err = a.preflight(ctx, v, c.req, true); err != nil {
+			return err
+		}
+		for _, w := range p.plan.Warnings {
+			c.warn(w.Code, w.Disk, w.Message)
+		}
+		return p.blocker(req.Strict)
+	})
+	if p != nil {
+		defer p.close()
+	}
+	if err != nil {
+		return err
+	}
+	c.run, c.disks, c.excluded, c.partial = p.run, p.disks, p.excluded, p.partial
+	if !p.live {
+		return c.takeStopped(ctx, p.plan.Consistency == catalog.Offline)
+	}
+	return c.take(ctx, p.agent)
+}
+
+// cut is a snapshot being taken.
+type cut struct {
+	*Agent
+	o        *op.Op
+	vm       *vm
+	run      *run // nil for a stopped VM
+	session  *monitor.Session
+	req      SnapshotRequest
+	config   json.RawMessage
+	disks    []*cutDisk
+	excluded []catalog.SnapshotDisk
+	warnings []op.Warning
+	partial  bool // a disk that was asked for dropped out
+	offline  bool // stopped by a shutdown that was witnessed
+	quiesce  catalog.Quiesce
+	guard    *freeze.Guard // nil when nothing is frozen
+	frozen   freeze.Frozen
+	cutAt    time.Time
+}
+
+func (c *cut) warn(code, disk, message string) {
+	w := op.Warning{Code: code, Disk: disk, Message: message}
+	c.warnings = append(c.warnings, w)
+	c.o.Warn(w)
+}
+
+// failure gives an error of one disk a kind and the words an operator needs.
+func (c *cut) failure(d *cutDisk, err error) error {
+	return fault.New(kindOf(err), "VM %s: disk %s: %w", c.vm.name(), d.Device, err)
+}
+
+// take builds the overlays, freezes, cuts, thaws, settles and commits.
+//
+// Until the transaction is sent every effect has its revert. From then on the
+// overlays may hold what the guest writes: they are reverted only if QEMU
+// answers that the transaction failed, and adopted in every other case.
+func (c *cut) take(ctx context.Context, guestAnswers bool) error {
+	c.o.Plan(7)
+	if err := c.o.Step(ctx, "overlays", c.build); err != nil {
+		return err
+	}
+	if c.req.Quiesce != QuiesceNone && !guestAnswers {
+		c.notQuiesced("the guest cannot be frozen")
+	} else if c.req.Quiesce != QuiesceNone {
+		if err := c.o.Step(ctx, "freeze", c.freezeGuest); err != nil {
+			return err
+		}
+	}
+	if err := c.o.Step(ctx, "cut", c.transact); err != nil {
+		return err
+	}
+	// The cut has happened: nothing below may undo it or be cancelled.
+	ctx = context.WithoutCancel(ctx)
+	if c.guard != nil {
+		if err := c.o.Step(ctx, "thaw", c.thawGuest); err != nil {
+			return err
+		}
+	}
+	if err := c.o.Step(ctx, "settle", c.settle); err != nil {
+		return err
+	}
+	return c.o.Step(ctx, "commit", c.commit)
+}
+
+// build makes the overlays' files and their nodes in QEMU.
+func (c *cut) build(ctx context.Context) (err error) {
+	if c.session, err = c.vm.monitorOf(c.run); err != nil {
+		return err
+	}
+	if c.config, err = c.run.configuration(); err != nil {
+		return err
+	}
+	for i, d := range c.disks {
+		d.name(c.o.ID(), i)
+	}
+	if err := c.o.Journal(ctx, entryPrepare, c.prepared()); err != nil {
+		return err
+	}
+	var built []*cutDisk
+	for _, d := range c.disks {
+		err := c.buildOne(ctx, d)
+		switch {
+		case err == nil:
+			built = append(built, d)
+		case c.req.AllowPartial && ctx.Err() == nil:
+			c.partial = true
+			c.warn(warnDropped, d.Device, "left out: "+err.Error())
+			c.excluded = append(c.excluded, d.leftOut())
+		default:
+			return c.failure(d, err)
+		}
+	}
+	if c.disks = built; len(built) == 0 {
+		return fault.New(fault.Failed, "VM %s: every disk dropped out", c.vm.name())
+	}
+	return nil
+}
+
+// buildOne makes one overlay. What it made is taken back at once when it fails
+// halfway, and by its revert when a later step does.
+func (c *cut) buildOne(ctx context.Context, d *cutDisk) error {
+	if err := d.makeNames(); err != nil {
+		return errors.Join(err, d.removeNames())
+	}
+	if err := d.overlay().Build(ctx, c.session); err != nil {
+		return errors.Join(err, d.removeNames())
+	}
+	c.o.Revert("remove overlay "+d.Overlay, func(ctx context.Context) error { return c.unbuild(ctx, d) })
+	return nil
+}
+
+// unbuild removes one overlay's nodes and files. A file that a living QEMU has
+// open stays.
+func (c *cut) unbuild(ctx context.Context, d *cutDisk) error {
+	if c.run != nil && discover.Same(c.run.proc.PID, c.run.proc.StartTime) {
+		s, err := c.vm.monitorOf(c.run)
+		if err == nil {
+			err = d.overlay().Remove(ctx, s)
+		}
+		if err != nil && discover.Same(c.run.proc.PID, c.run.proc.StartTime) {
+			return err
+		}
+	}
+	return d.removeNames()
+}
+
+// freezeGuest freezes under a lease. Without quiesce=require a guest that
+// cannot be frozen is recorded and does not stop the snapshot.
+func (c *cut) freezeGuest(ctx context.Context) error {
+	err := c.tryFreeze(ctx)
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case c.req.Quiesce == QuiesceRequire:
+		return fault.New(fault.NotQuiesced, "VM %s cannot be quiesced: %w", c.vm.name(), err).
+			WithHint("--quiesce=prefer takes a crash-consistent snapshot instead")
+	}
+	c.notQuiesced(err.Error())
+	return nil
+}
+
+func (c *cut) tryFreeze(ctx context.Context) error {
+	g, err := c.startGuard(ctx, c.vm, c.run, c.o.ID(), c.req.Mountpoints, c.req.FreezeTimeout, c.req.Lease)
+	if err != nil {
+		return err
+	}
+	c.o.Revert("thaw the guest", func(context.Context) error {
+		err := g.Close()
+		c.endFreeze(c.vm, g, err)
+		return err
+	})
+	// The intent of the cut is durable before the guest is frozen, so that
+	// nothing has to reach the disk while it is.
+	if err := c.announce(ctx); err != nil {
+		return err
+	}
+	frozen, err := g.Freeze(ctx)
+	if err != nil {
+		thaw := g.Close()
+		c.endFreeze(c.vm, g, thaw)
+		return errors.Join(err, thaw)
+	}
+	c.guard, c.frozen = g, frozen
+	c.setFrozen(c.vm, c.o.ID(), frozen, nil)
+	return nil
+}
+
+func (c *cut) notQuiesced(reason string) {
+	if c.quiesce.Reason == "" {
+		c.quiesce.Reason = reason
+	}
+	c.warn(warnNotQuiesced, "", "the guest's file systems were not frozen at the cut: "+reason)
+}
+
+// announce journals that the transaction is about to be sent.
+func (c *cut) announce(ctx context.Context) error {
+	return c.o.Journal(ctx, entryCut, c.prepared())
+}
+
+// transact sends the transaction. It is the only thing between freeze and
+// thaw, but for pointing the launch paths: a frozen guest writes nothing, so
+// whatever dies before the thaw, a launch path never names a layer that lacks
+// something the guest was told is on disk.
+func (c *cut) transact(ctx context.Context) error {
+	if c.guard == nil {
+		if err := c.announce(ctx); err != nil {
+			return err
+		}
+	}
+	if !discover.Same(c.run.proc.PID, c.run.proc.StartTime) {
+		return fault.New(fault.Unresponsive, "VM %s: its QEMU process %d is gone", c.vm.name(), c.run.proc.PID)
+	}
+	if err := c.o.PointOfNoReturn(); err != nil {
+		return err
+	}
+	pairs := make([]blockdev.Pair, len(c.disks))
+	for i, d := range c.disks {
+		pairs[i] = blockdev.Pair{Base: d.BaseNode, Overlay: d.overlay().Node}
+	}
+	ctx = context.WithoutCancel(ctx)
+	c.cutAt = time.Now()
+	err := blockdev.Cut(ctx, c.session, pairs)
+	var refused *monitor.CommandError
+	switch {
+	case errors.As(err, &refused):
+		return fault.New(fault.Failed, "VM %s: QEMU refused the cut: %w", c.vm.name(), err)
+	case err != nil:
+		if happened, err := c.reconcile(ctx, err); err != nil || !happened {
+			return err
+		}
+	}
+	c.o.DropReverts()
+	for _, d := range c.disks {
+		if err := d.pointLaunch(); err != nil {
+			c.warn(warnNotSettled, d.Device, err.Error()) // settle tries again, and fails
+		}
+	}
+	return nil
+}
+
+// thawGuest asks whether the guest is frozen still, and thaws it. Only a
+// verified answer earns the label.
+func (c *cut) thawGuest(ctx context.Context) error {
+	thawed, err := c.guard.Thaw(ctx)
+	c.quiesce.Frozen, c.quiesce.Total, c.quiesce.Window = c.frozen.Count, c.frozen.Total, thawed.Window
+	switch {
+	case err != nil:
+		c.notQuiesced("the thaw went wrong")
+		c.warn(warnThawUnresolved, "", "the guard goes on thawing the guest: "+err.Error())
+	case !thawed.Verified:
+		c.notQuiesced(thawed.Reason)
+	}
+	if err == nil && c.cfg.OnFreezeWindow != nil {
+		c.cfg.OnFreezeWindow(thawed.Window)
+	}
+	c.endFreeze(c.vm, c.guard, err)
+	return c.o.Journal(ctx, entryThawed, c.quiesce)
+}

@@ -1,0 +1,204 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/blockdev"
+)
+
+// preflightStopped is preflight for a VM without a QEMU process: its disks are
+// what the catalog knows of them.
+func (a *Agent) preflightStopped(v *vm, req SnapshotRequest, p *preflight) error {
+	v.mu.Lock()
+	disks, layers, stopped := v.disks, v.layers, v.rec.Stopped
+	v.mu.Unlock()
+	if stopped == endedByMigration {
+		return fault.New(fault.Unsupported, "VM %s has migrated to another host, where its disks may be in use", v.name())
+	}
+	if stopped == endedByShutdown {
+		p.plan.Consistency = catalog.Offline
+	}
+	if req.Quiesce == QuiesceRequire && p.plan.Consistency != catalog.Offline {
+		p.refuse(fault.New(fault.NotQuiesced, "VM %s is stopped, and nobody saw its guest shut down", v.name()).
+			WithHint("--quiesce=prefer takes a crash-consistent snapshot instead"))
+	}
+	var names []string
+	for _, d := range disks {
+		if !d.Removed {
+			names = append(names, d.Device)
+		}
+	}
+	chosen, err := choose(v.name(), names, req, p)
+	if err != nil {
+		return err
+	}
+	for _, d := range disks {
+		active := layerOf(layers, d.ActiveLayer)
+		switch {
+		case d.Removed:
+		case !chosen[d.Device]:
+			p.leaveOut(d.ID, d.Device, active.VirtualSize)
+		default:
+			c, err := stoppedDisk(d, active)
+			if err != nil {
+				p.drop(v, catalog.SnapshotDisk{DiskID: d.ID, Device: d.Device, Size: active.VirtualSize}, req.AllowPartial, fault.New(kindOf(err), "VM %s: disk %s: %w", v.name(), d.Device, err))
+				continue
+			}
+			p.admit(v, c, req.AllowPartial)
+		}
+	}
+	return nil
+}
+
+func layerOf(layers []catalog.Layer, id string) catalog.Layer {
+	for _, l := range layers {
+		if l.ID == id {
+			return l
+		}
+	}
+	return catalog.Layer{}
+}
+
+// stoppedDisk prepares the cut of one disk, whose launch path must name the
+// layer that the catalog knows as active.
+func stoppedDisk(d catalog.Disk, active catalog.Layer) (*cutDisk, error) {
+	if d.SettleNeeded {
+		return nil, fault.New(fault.Busy, "its launch path is not settled since the last snapshot")
+	}
+	info, err := blockdev.StatPath(d.LaunchPath)
+	if err != nil {
+		return nil, err
+	}
+	if info.Dev != active.Dev || info.Ino != active.Ino {
+		return nil, fault.New(fault.Unsupported, "its launch path %s leads to another file than the layer %s that was active when it was last seen",
+			d.LaunchPath, active.Path)
+	}
+	c := &cutDisk{
+		Device: d.Device, DiskID: d.ID, Dir: filepath.Dir(d.LaunchPath), Launch: filepath.Base(d.LaunchPath),
+		Base: filepath.Base(active.Path), BaseID: active.ID, BaseFormat: active.Format, Size: active.VirtualSize, Settle: SettleLive,
+	}
+	if d.LaunchFormat == "raw" {
+		c.Settle = SettleConvert
+	}
+	if filepath.Dir(active.Path) != c.Dir {
+		return nil, fmt.Errorf("its layer %s is not beside its launch path %s", active.Path, d.LaunchPath)
+	}
+	return c, c.open()
+}
+
+// takeStopped is the recipe for a VM without a QEMU process. The image
+// locks keep a QEMU that starts meanwhile from opening the disks.
+func (c *cut) takeStopped(ctx context.Context, offline bool) error {
+	o := c.o
+	o.Plan(5)
+	c.offline = offline
+	if !c.offline {
+		c.quiesce.Reason = "the VM is stopped, and nobody saw its guest shut down"
+	}
+	config, err := json.Marshal(configuration{Command: c.vm.rec.Command, Unit: c.vm.rec.Unit, UUID: c.vm.rec.UUID})
+	if err != nil {
+		return err
+	}
+	c.config = config
+	var locks []*blockdev.Lock
+	defer func() { _ = closeAll(locks) }()
+	err = o.Step(ctx, "overlays", func(ctx context.Context) error {
+		for _, d := range c.disks {
+			active, err := c.catalog.Layer(ctx, d.BaseID)
+			if err != nil {
+				return err
+			}
+			l, err := c.lockTree(ctx, active)
+			if err != nil {
+				return c.failure(d, err)
+			}
+			locks = append(locks, l...)
+		}
+		return c.buildStopped(ctx)
+	})
+	if err != nil {
+		return err
+	}
+	err = o.Step(ctx, "cut", func(ctx context.Context) error {
+		if r, err := c.vm.alone(); err != nil || r != nil {
+			return errors.Join(fault.New(fault.Busy, "VM %s was started meanwhile", c.vm.name()), err)
+		}
+		if err := c.announce(ctx); err != nil {
+			return err
+		}
+		if err := o.PointOfNoReturn(); err != nil {
+			return err
+		}
+		o.DropReverts()
+		c.cutAt = time.Now()
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	ctx = context.WithoutCancel(ctx)
+	if err := o.Step(ctx, "settle", c.settle); err != nil {
+		return err
+	}
+	if err := o.Step(ctx, "commit", c.commit); err != nil {
+		return err
+	}
+	if err := closeAll(locks); err != nil {
+		return err
+	}
+	locks = nil
+	return c.convertStopped(ctx)
+}
+
+// buildStopped makes the overlays with qemu-img.
+func (c *cut) buildStopped(ctx context.Context) error {
+	for i, d := range c.disks {
+		d.name(c.o.ID(), i)
+	}
+	if err := c.o.Journal(ctx, entryPrepare, c.prepared()); err != nil {
+		return err
+	}
+	for _, d := range c.disks {
+		c.o.Revert("remove overlay "+d.Overlay, func(context.Context) error { return d.removeNames() })
+		if err := d.makeNames(); err != nil {
+			return c.failure(d, err)
+		}
+		if err := d.overlay().CreateOffline(ctx, d.Prefix); err != nil {
+			return c.failure(d, err)
+		}
+		if err := d.dir.SyncFile(d.Overlay); err != nil {
+			return c.failure(d, err)
+		}
+	}
+	return nil
+}
+
+// convertStopped settles the disks whose launch command declares format=raw.
+func (c *cut) convertStopped(ctx context.Context) error {
+	for _, d := range c.disks {
+		if d.Settle != SettleConvert {
+			continue
+		}
+		disks, err := c.catalog.Disks(ctx, c.vm.rec.ID)
+		if err != nil {
+			return err
+		}
+		for _, rec := range disks {
+			if rec.ID != d.DiskID {
+				continue
+			}
+			err := c.o.Step(ctx, "convert "+d.Device, func(ctx context.Context) error { return c.convert(ctx, c.o, rec) })
+			if err != nil {
+				c.warn(warnNotSettled, d.Device, err.Error())
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,249 @@
+package agent
+
+import (
+	"context"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/op"
+)
+
+// vm is what the agent holds of one virtual machine.
+type vm struct {
+	mu     sync.Mutex
+	rec    catalog.VM
+	disks  []catalog.Disk  // as of the last change
+	layers []catalog.Layer // of all disks
+	runs   []*run          // QEMU processes of this identity; more than one is a problem
+	freeze *FreezeView     // set while the agent holds the guest frozen
+	held   *held           // set while an operator's freeze stands
+	counts int             // snapshots
+
+	// changing is held for writing while layers are made or moved, so that
+	// nobody takes a half-finished change for the state of the disks.
+	changing sync.RWMutex
+	// unfinished is set, and changing held, from the agent's start until its
+	// recovery has dealt with the VM.
+	unfinished bool
+}
+
+// identity says what a process's VM is identified by: its UUID when it has
+// one, else its name, else the path of its first disk.
+func identity(p discover.Process) string {
+	if p.UUID != "" {
+		return "uuid:" + p.UUID
+	}
+	if p.Name != "" {
+		return "name:" + p.Name
+	}
+	for _, d := range p.Drives {
+		if d.File != "" && !d.CDROM && !d.ReadOnly {
+			return "path:" + absolute(p, d.File)
+		}
+	}
+	return "path:" + p.Binary
+}
+
+func displayName(p discover.Process) string {
+	if p.Name != "" {
+		return p.Name
+	}
+	if p.UUID != "" {
+		return p.UUID
+	}
+	for _, d := range p.Drives {
+		if d.File != "" && !d.CDROM && !d.ReadOnly {
+			base := filepath.Base(d.File)
+			return base[:len(base)-len(filepath.Ext(base))]
+		}
+	}
+	return filepath.Base(p.Binary)
+}
+
+func absolute(p discover.Process, path string) string {
+	if filepath.IsAbs(path) || p.Cwd == "" {
+		return filepath.Clean(path)
+	}
+	return filepath.Join(p.Cwd, path)
+}
+
+// loadCatalog brings back the VMs that were seen before.
+func (a *Agent) loadCatalog(ctx context.Context) error {
+	recs, err := a.catalog.VMs(ctx)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	unfinished := map[string]bool{}
+	ops, err := a.catalog.Operations(ctx, op.Filter{Active: true})
+	if err != nil {
+		return err
+	}
+	for _, o := range ops {
+		unfinished[o.VMID] = true
+	}
+	for _, rec := range recs {
+		v := &vm{rec: rec}
+		if unfinished[rec.ID] {
+			v.unfinished = true
+			v.changing.Lock()
+		}
+		if err := a.reload(ctx, v); err != nil {
+			return err
+		}
+		a.vms[rec.ID] = v
+	}
+	return nil
+}
+
+// reload brings what is cached of a VM's disks up to the catalog.
+func (a *Agent) reload(ctx context.Context, v *vm) error {
+	id := v.rec.ID
+	disks, err := a.catalog.Disks(ctx, id)
+	if err != nil {
+		return err
+	}
+	layers, err := a.catalog.Layers(ctx, id)
+	if err != nil {
+		return err
+	}
+	snapshots, err := a.catalog.Snapshots(ctx, id)
+	if err != nil {
+		return err
+	}
+	v.mu.Lock()
+	v.disks, v.layers, v.counts = disks, layers, len(snapshots)
+	v.mu.Unlock()
+	return nil
+}
+
+// started takes a QEMU process in.
+func (a *Agent) started(ctx context.Context, p discover.Process) {
+	p, managed := discover.Apply(a.overrides, p)
+	if !managed {
+		return
+	}
+	now := time.Now()
+	rec, err := a.catalog.UpsertVM(ctx, catalog.VM{
+		Name: displayName(p), UUID: p.UUID, Identity: identity(p), Unit: p.Cgroup.Unit,
+		FirstSeen: now, LastSeen: now, Command: p.Args,
+	})
+	if err != nil {
+		a.log.Error("a VM that started cannot be recorded", "vm", displayName(p), "pid", p.PID, "error", err)
+		return
+	}
+	a.mu.Lock()
+	v := a.vms[rec.ID]
+	if v == nil {
+		v = &vm{}
+		a.vms[rec.ID] = v
+	}
+	a.mu.Unlock()
+	r := newRun(p)
+	v.mu.Lock()
+	v.rec = rec
+	v.runs = append(v.runs, r)
+	v.mu.Unlock()
+	a.log.Info("VM started", "vm", rec.Name, "pid", p.PID, "unit", p.Cgroup.Unit)
+	runCtx, cancel := context.WithCancel(ctx)
+	r.cancel = cancel
+	a.group.Go(func() { a.follow(runCtx, v, r) })
+}
+
+// exited lets a QEMU process go and records how it ended.
+func (a *Agent) exited(ctx context.Context, p discover.Process) {
+	v, r := a.runOf(p)
+	if r == nil {
+		return
+	}
+	// The session has read what QEMU said last before it reports the end.
+	how := r.awaitEnd(ctx)
+	r.cancel()
+	v.mu.Lock()
+	for i := range v.runs {
+		if v.runs[i] == r {
+			v.runs = append(v.runs[:i], v.runs[i+1:]...)
+			break
+		}
+	}
+	v.rec.Stopped, v.rec.LastSeen = how, time.Now()
+	rec, last := v.rec, len(v.runs) == 0
+	v.mu.Unlock()
+	a.log.Info("VM stopped", "vm", rec.Name, "pid", p.PID, "how", how)
+	if _, err := a.catalog.UpsertVM(ctx, rec); err != nil {
+		a.log.Error("the end of a VM cannot be recorded", "vm", rec.Name, "error", err)
+	}
+	if last {
+		a.settleStopped(ctx, v)
+	}
+}
+
+func (a *Agent) runOf(p discover.Process) (*vm, *run) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	for _, v := range a.vms {
+		v.mu.Lock()
+		for _, r := range v.runs {
+			if r.proc.PID == p.PID && r.proc.StartTime == p.StartTime {
+				v.mu.Unlock()
+				return v, r
+			}
+		}
+		v.mu.Unlock()
+	}
+	return nil, nil
+}
+
+// find returns the VM of a name, UUID or id.
+func (a *Agent) find(ref string) (*vm, error) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	if v := a.vms[ref]; v != nil {
+		return v, nil
+	}
+	var found []*vm
+	for _, v := range a.vms {
+		v.mu.Lock()
+		if v.rec.Name == ref || v.rec.UUID != "" && v.rec.UUID == ref {
+			found = append(found, v)
+		}
+		v.mu.Unlock()
+	}
+	switch len(found) {
+	case 0:
+		return nil, fault.New(fault.NotFound, "no VM %q on this host", ref).WithHint("vmsnap vm list shows the VMs")
+	case 1:
+		return found[0], nil
+	default:
+		return nil, fault.New(fault.Usage, "%d VMs are called %q", len(found), ref).WithHint("name it by its UUID or id (vmsnap vm list -o wide)")
+	}
+}
+
+// alone returns the one QEMU process of a VM, nil when it is stopped. Two
+// processes of one identity are refused: nobody could say which is meant.
+func (v *vm) alone() (*run, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch len(v.runs) {
+	case 0:
+		return nil, nil
+	case 1:
+		return v.runs[0], nil
+	default:
+		return nil, fault.New(fault.Unsupported, "VM %s: %d QEMU processes (pids %d and %d) have the same identity",
+			v.rec.Name, len(v.runs), v.runs[0].proc.PID, v.runs[1].proc.PID).
+			WithHint("give each VM a UUID of its own, or stop one of them")
+	}
+}
+
+// name returns the VM's name.
+func (v *vm) name() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.rec.Name
+}

@@ -1,0 +1,263 @@
+package blockdev
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Dir is a directory that holds layers. All its names are single path
+// elements, resolved below the directory handle (os.Root), so that neither a
+// symbolic link nor a ".." leads out of it.
+type Dir struct {
+	path string // as QEMU names it
+	root *os.Root
+}
+
+// OpenDir opens a directory. path is what QEMU calls it; prefix is "" or the
+// "/proc/PID/root" through which a QEMU's other mount namespace is reached.
+func OpenDir(path, prefix string) (*Dir, error) {
+	root, err := os.OpenRoot(prefix + path)
+	if err != nil {
+		return nil, fmt.Errorf("open directory %s: %w", path, err)
+	}
+	return &Dir{path: path, root: root}, nil
+}
+
+// Close releases the handle.
+func (d *Dir) Close() error { return d.root.Close() }
+
+// Path returns the full path of a name, as QEMU opens it.
+func (d *Dir) Path(name string) string { return filepath.Join(d.path, name) }
+
+// Root returns the handle, for files that are not layers.
+func (d *Dir) Root() *os.Root { return d.root }
+
+// FileID says which file a name leads to.
+type FileID struct{ Dev, Ino uint64 }
+
+// Info describes a layer's file.
+type Info struct {
+	FileID
+	Links     uint64
+	Size      int64
+	Allocated uint64 // bytes on the file system
+	Regular   bool
+}
+
+// Stat describes a name without following a link.
+func (d *Dir) Stat(name string) (Info, error) {
+	fi, err := d.root.Lstat(name)
+	if err != nil {
+		return Info{}, err
+	}
+	return infoOf(fi), nil
+}
+
+func infoOf(fi fs.FileInfo) Info {
+	st := fi.Sys().(*syscall.Stat_t)
+	return Info{
+		FileID: FileID{st.Dev, st.Ino}, Links: st.Nlink, Size: st.Size,
+		Allocated: uint64(st.Blocks) * 512, Regular: fi.Mode().IsRegular(),
+	}
+}
+
+// StatPath describes the file that a path leads to, following links.
+func StatPath(path string) (Info, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return Info{}, err
+	}
+	return infoOf(fi), nil
+}
+
+// CreateFile makes an empty file with the owner and mode of the layer that it
+// will cover, so that the QEMU that opened that one can open this one. It
+// fails with fs.ErrExist rather than touch an existing file.
+func (d *Dir) CreateFile(name string, like string) error {
+	fi, err := os.Stat(like)
+	if err != nil {
+		return fmt.Errorf("create overlay %s: %w", d.Path(name), err)
+	}
+	f, err := d.root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("create overlay %s: %w", d.Path(name), err)
+	}
+	st := fi.Sys().(*syscall.Stat_t)
+	err = errors.Join(f.Chown(int(st.Uid), int(st.Gid)), f.Chmod(fi.Mode().Perm()|0o600), f.Sync(), f.Close())
+	if err != nil {
+		return errors.Join(fmt.Errorf("create overlay %s: %w", d.Path(name), err), d.root.Remove(name))
+	}
+	return nil
+}
+
+// Link gives a file another name. It fails with fs.ErrExist when the new name
+// is taken.
+func (d *Dir) Link(name, newName string) error { return d.root.Link(name, newName) }
+
+// Remove deletes a name and is content when there is none.
+func (d *Dir) Remove(name string) error {
+	if err := d.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// tempSuffix marks the link that PointAt renames. One that a crash left behind
+// is only another name of the layer and is replaced by the next PointAt.
+const tempSuffix = ".vmsnap-link"
+
+// PointAt makes launch another name of the layer, in one atomic step: whoever
+// opens launch gets the layer it named before or the new one. It is durable
+// after Sync.
+func (d *Dir) PointAt(launch, layer string) error {
+	want, err := d.Stat(layer)
+	if err != nil {
+		return fmt.Errorf("point %s at %s: %w", d.Path(launch), layer, err)
+	}
+	if got, err := d.Stat(launch); err == nil && got.FileID == want.FileID {
+		return nil // rename between two names of one file would do nothing and keep both
+	}
+	tmp := launch + tempSuffix
+	if err := d.Remove(tmp); err != nil {
+		return fmt.Errorf("point %s at %s: %w", d.Path(launch), layer, err)
+	}
+	if err := d.root.Link(layer, tmp); err != nil {
+		return fmt.Errorf("point %s at %s: %w", d.Path(launch), layer, err)
+	}
+	if err := d.root.Rename(tmp, launch); err != nil {
+		return errors.Join(fmt.Errorf("point %s at %s: %w", d.Path(launch), layer, err), d.Remove(tmp))
+	}
+	return nil
+}
+
+// Sync makes the names in the directory durable.
+func (d *Dir) Sync() error {
+	f, err := d.root.Open(".")
+	if err != nil {
+		return fmt.Errorf("sync directory %s: %w", d.path, err)
+	}
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("sync directory %s: %w", d.path, err)
+	}
+	return nil
+}
+
+// SyncFile makes a file's content durable.
+func (d *Dir) SyncFile(name string) error {
+	f, err := d.root.OpenFile(name, os.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// Free returns the bytes that an unprivileged process can still write there.
+func (d *Dir) Free() (uint64, error) {
+	f, err := d.root.Open(".")
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = f.Close() }()
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		return 0, fmt.Errorf("free space of %s: %w", d.path, err)
+	}
+	return st.Bavail * uint64(st.Bsize), nil
+}
+
+// WriteFile writes a small file into a sub-directory that only root may read,
+// made when it is not there: whoever opens the name gets all of the old content
+// or all of the new one, also after a power cut.
+func (d *Dir) WriteFile(sub, name string, data []byte) (err error) {
+	if err := d.root.Mkdir(sub, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	dir, err := d.root.OpenRoot(sub)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	tmp := name + ".tmp"
+	f, err := dir.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", d.Path(filepath.Join(sub, name)), err), dir.Remove(tmp))
+	}
+	if err := dir.Rename(tmp, name); err != nil {
+		return err
+	}
+	return (&Dir{path: d.Path(sub), root: dir}).Sync()
+}
+
+// ErrNoImmutable is returned where the file system has no immutable flag or
+// the process may not set it.
+var ErrNoImmutable = errors.New("the file system does not take the immutable flag")
+
+// fsImmutable is FS_IMMUTABLE_FL (linux/fs.h): no open for writing, no rename,
+// no link and no unlink, not even by root.
+const fsImmutable = 0x10
+
+// SetImmutable sets or lifts the immutable flag. Setting what is set is no
+// error.
+func (d *Dir) SetImmutable(name string, on bool) error {
+	f, err := d.root.OpenFile(name, os.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	if err != nil {
+		return immutableError(d.Path(name), err)
+	}
+	want := flags &^ fsImmutable
+	if on {
+		want = flags | fsImmutable
+	}
+	if want == flags {
+		return nil
+	}
+	if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(want)); err != nil {
+		return immutableError(d.Path(name), err)
+	}
+	return nil
+}
+
+// Immutable reports whether the flag is set.
+func (d *Dir) Immutable(name string) (bool, error) {
+	f, err := d.root.OpenFile(name, os.O_RDONLY, 0)
+	if err != nil {
+		return false, err
+	}
+	defer func() { _ = f.Close() }()
+	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	if err != nil {
+		return false, immutableError(d.Path(name), err)
+	}
+	return flags&fsImmutable != 0, nil
+}
+
+func immutableError(path string, err error) error {
+	switch {
+	case errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOSYS):
+		return fmt.Errorf("%s: %w: %w", path, ErrNoImmutable, err)
+	default:
+		return fmt.Errorf("%s: immutable flag: %w", path, err)
+	}
+}
+
+// LayerName returns the permanent name of a layer: the stem of the launch
+// path's name, an id, and the format as extension.
+func LayerName(launch, id, format string) string {
+	stem := strings.TrimSuffix(launch, filepath.Ext(launch))
+	return stem + "." + id + "." + format
+}

@@ -1,0 +1,112 @@
+package blockdev
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+)
+
+// qemuImg is the program that works on images no QEMU has open. It comes with
+// QEMU (qemu-utils).
+const qemuImg = "qemu-img"
+
+// ImgError is a qemu-img that failed.
+type ImgError struct {
+	Command string // the sub-command
+	Output  string // its own words
+	Err     error
+}
+
+func (e *ImgError) Error() string {
+	if e.Output == "" {
+		return fmt.Sprintf("qemu-img %s: %v", e.Command, e.Err)
+	}
+	return fmt.Sprintf("qemu-img %s: %s", e.Command, e.Output)
+}
+
+func (e *ImgError) Unwrap() error { return e.Err }
+
+// CreateOffline writes the overlay's header into its empty file. The base is
+// not opened (-u), so that the caller can hold its locks; its format and size
+// are given, never probed.
+func (o Overlay) CreateOffline(ctx context.Context, prefix string) error {
+	return runImg(ctx, nil, "create", "-q", "-f", "qcow2", "-u", "-b", o.BasePath, "-F", o.BaseFormat,
+		prefix+o.Path, strconv.FormatUint(o.Size, 10))
+}
+
+// Convert copies an image with everything below it into an existing file, and
+// reports its progress in thousandths. The source's locks may be held by the
+// caller (-U).
+func Convert(ctx context.Context, from, fromFormat, to, toFormat string, progress func(done, total uint64)) error {
+	return runImg(ctx, progress, "convert", "-p", "-U", "-f", fromFormat, "-O", toFormat, from, to)
+}
+
+// Check verifies a qcow2 image's own structures.
+func Check(ctx context.Context, path string) error {
+	return runImg(ctx, nil, "check", "-q", "-U", "-f", "qcow2", path)
+}
+
+// runImg runs qemu-img. With -p it writes its progress as "(12.34/100%)\r".
+func runImg(ctx context.Context, progress func(done, total uint64), args ...string) error {
+	cmd := exec.CommandContext(ctx, qemuImg, args...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return &ImgError{args[0], "", err}
+	}
+	if err := cmd.Start(); err != nil {
+		return &ImgError{args[0], "", err}
+	}
+	lines := bufio.NewScanner(out)
+	lines.Split(splitReturns)
+	for lines.Scan() {
+		if p, ok := parseProgress(lines.Text()); ok && progress != nil {
+			progress(p, 10000)
+		}
+	}
+	err = errors.Join(lines.Err(), cmd.Wait())
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		return &ImgError{args[0], strings.TrimSpace(stderr.String()), err}
+	}
+	return nil
+}
+
+// splitReturns splits at carriage returns and newlines.
+func splitReturns(data []byte, atEOF bool) (advance int, token []byte, err error) {
+	if i := bytes.IndexAny(data, "\r\n"); i >= 0 {
+		return i + 1, data[:i], nil
+	}
+	if atEOF && len(data) > 0 {
+		return len(data), data, nil
+	}
+	return 0, nil, nil
+}
+
+// parseProgress reads "    (12.34/100%)" as 1234 of 10000.
+func parseProgress(line string) (uint64, bool) {
+	line = strings.TrimSpace(line)
+	value, ok := strings.CutPrefix(line, "(")
+	if !ok {
+		return 0, false
+	}
+	value, _, ok = strings.Cut(value, "/")
+	if !ok {
+		return 0, false
+	}
+	f, err := strconv.ParseFloat(value, 64)
+	if err != nil || f < 0 || f > 100 {
+		return 0, false
+	}
+	return uint64(f * 100), true
+}

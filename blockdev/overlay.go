@@ -1,0 +1,196 @@
+package blockdev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/vmsnap/vmsnap/monitor"
+)
+
+// Options are the properties of a layer's nodes that a new layer must repeat,
+// since QEMU does not inherit them.
+type Options struct {
+	Cache        Cache
+	DetectZeroes string // "", "off", "on" or "unmap"
+	Discard      string // "", "ignore" or "unmap"
+	AIO          string // "", "threads", "native" or "io_uring"
+}
+
+// Overlay is a qcow2 layer to be put on a drive.
+type Overlay struct {
+	Path       string // as QEMU opens it; the file exists and is empty
+	Node       string // name of its format node; the protocol node is Node + "-file"
+	Size       uint64 // virtual size in bytes; must equal the base's
+	BasePath   string // permanent name of the layer below, written into the header
+	BaseFormat string // "qcow2" or "raw"
+	Options    Options
+}
+
+func (o Overlay) fileNode() string { return o.Node + "-file" }
+
+// Build writes the qcow2 header into the overlay's file and opens it in QEMU,
+// attached to nothing. When it fails it leaves no node behind; the file is the
+// caller's. The job that formats is named after the overlay's node.
+func (o Overlay) Build(ctx context.Context, m Monitor) (err error) {
+	if err := m.Execute(ctx, "blockdev-add", o.fileArgs(o.Path, o.fileNode(), false), nil); err != nil {
+		return fmt.Errorf("open overlay %s: %w", o.Path, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, o.Remove(context.WithoutCancel(ctx), m))
+		}
+	}()
+	err = runCreate(ctx, m, o.Node, map[string]any{
+		"driver": "qcow2", "file": o.fileNode(), "size": o.Size,
+		"backing-file": o.BasePath, "backing-fmt": o.BaseFormat,
+	})
+	if err != nil {
+		return fmt.Errorf("format overlay %s: %w", o.Path, err)
+	}
+	args := o.formatArgs("qcow2", o.Node, o.fileNode(), false)
+	args["backing"] = nil // absent would open the backing file now, a second time
+	if err := m.Execute(ctx, "blockdev-add", args, nil); err != nil {
+		return fmt.Errorf("open overlay %s: %w", o.Path, err)
+	}
+	return nil
+}
+
+// Remove deletes the overlay's nodes. Nodes that do not exist are no error, so
+// it can follow any step of Build.
+func (o Overlay) Remove(ctx context.Context, m Monitor) error {
+	var errs []error
+	for _, n := range []string{o.Node, o.fileNode()} {
+		if err := deleteNode(ctx, m, n); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// deleteNode deletes a node and is content when there is none.
+func deleteNode(ctx context.Context, m Monitor, name string) error {
+	err := m.Execute(ctx, "blockdev-del", map[string]any{"node-name": name}, nil)
+	var ce *monitor.CommandError
+	if errors.As(err, &ce) {
+		exists, qerr := nodeExists(ctx, m, name)
+		if qerr == nil && !exists {
+			return nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("delete node %s: %w", name, err)
+	}
+	return nil
+}
+
+func nodeExists(ctx context.Context, m Monitor, name string) (bool, error) {
+	var nodes []namedNode
+	if err := m.Execute(ctx, "query-named-block-nodes", map[string]any{"flat": true}, &nodes); err != nil {
+		return false, err
+	}
+	for _, n := range nodes {
+		if n.NodeName == name {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+func (o Overlay) fileArgs(path, node string, readOnly bool) map[string]any {
+	args := map[string]any{
+		"driver": "file", "filename": path, "node-name": node, "cache": o.Options.Cache,
+		"read-only": readOnly, "auto-read-only": false,
+	}
+	setIf(args, "discard", o.Options.Discard)
+	setIf(args, "aio", o.Options.AIO)
+	return args
+}
+
+func (o Overlay) formatArgs(driver, node, file string, readOnly bool) map[string]any {
+	args := map[string]any{
+		"driver": driver, "node-name": node, "file": file, "cache": o.Options.Cache, "read-only": readOnly,
+	}
+	setIf(args, "discard", o.Options.Discard)
+	if !readOnly {
+		setIf(args, "detect-zeroes", o.Options.DetectZeroes)
+	}
+	return args
+}
+
+func setIf(args map[string]any, key, value string) {
+	if value != "" {
+		args[key] = value
+	}
+}
+
+// Pair puts an overlay on a node.
+type Pair struct {
+	Base    string // node that is covered
+	Overlay string // node that covers it
+}
+
+// Cut puts all overlays on their bases in one transaction: all or none. A
+// *monitor.CommandError means that nothing changed; monitor.ErrOutcomeUnknown
+// that QEMU has to be asked.
+func Cut(ctx context.Context, m Monitor, pairs []Pair) error {
+	type action struct {
+		Type string            `json:"type"`
+		Data map[string]string `json:"data"`
+	}
+	actions := make([]action, len(pairs))
+	for i, p := range pairs {
+		actions[i] = action{"blockdev-snapshot", map[string]string{"node": p.Base, "overlay": p.Overlay}}
+	}
+	return m.Execute(ctx, "transaction", map[string]any{"actions": actions}, nil)
+}
+
+// ReopenBacking makes the overlay's backing a node that is opened by the base's
+// permanent name, read-only, and deletes the node that was opened by another
+// name. deeper is the node below the base, empty when there is none.
+//
+// QEMU reopens files by the name they were opened with, so as long as a node is
+// called by the launch path, a reopen after the launch path has moved on would
+// open the wrong layer.
+func (o Overlay) ReopenBacking(ctx context.Context, m Monitor, node string, old Layer, deeper string) (err error) {
+	base := Overlay{Path: o.BasePath, Node: node, Options: o.Options}
+	if err := m.Execute(ctx, "blockdev-add", base.fileArgs(base.Path, base.fileNode(), true), nil); err != nil {
+		return fmt.Errorf("open %s by its permanent name: %w", base.Path, err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, base.Remove(context.WithoutCancel(ctx), m))
+		}
+	}()
+	args := base.formatArgs(o.BaseFormat, node, base.fileNode(), true)
+	if o.BaseFormat != "raw" {
+		args["backing"] = nil
+		if deeper != "" {
+			args["backing"] = deeper
+		}
+	}
+	if err := m.Execute(ctx, "blockdev-add", args, nil); err != nil {
+		return fmt.Errorf("open %s by its permanent name: %w", base.Path, err)
+	}
+	reopen := o.formatArgs("qcow2", o.Node, o.fileNode(), false)
+	reopen["backing"] = node
+	if err := m.Execute(ctx, "blockdev-reopen", map[string]any{"options": []any{reopen}}, nil); err != nil {
+		return fmt.Errorf("reopen the backing of %s: %w", o.Path, err)
+	}
+	return removeOld(context.WithoutCancel(ctx), m, old)
+}
+
+// removeOld deletes the nodes that the launch command or an earlier command
+// made, as far as they still exist: those of -drive end with their last user.
+func removeOld(ctx context.Context, m Monitor, old Layer) error {
+	var errs []error
+	if err := deleteNode(ctx, m, old.Node.Name); err != nil {
+		errs = append(errs, err)
+	}
+	if old.File != nil {
+		if err := deleteNode(ctx, m, old.File.Name); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -21,6 +21,7 @@ type Config struct {
 	OverridesDir string        // YAML files that name VMs or override what was found; may be absent
 	Freezing     freeze.Config // how guards are started
 	ScanOnly     bool          // find VMs without process events
+	ListedOnly   bool          // manage only VMs that a file in OverridesDir names
 	Logger       hclog.Logger
 	// OnOperation, when not nil, is called with every operation that ends.
 	OnOperation func(op.Record)

@@ -16,7 +16,7 @@ import (
 
 // thawLeftovers thaws every guest that an earlier agent left frozen. It runs
 // before anything else: a frozen guest is an outage.
-func (a *Agent) thawLeftovers(ctx context.Context) []freeze.Recovery {
+func (a *Agent) thawLeftovers(ctx context.Context) []freeze.Recovered {
 	recoveries, err := freeze.Recover(ctx, a.cfg.Freezing)
 	if err != nil {
 		a.log.Error("freezes that an earlier run left behind", "error", err)
@@ -33,7 +33,7 @@ func (a *Agent) thawLeftovers(ctx context.Context) []freeze.Recovery {
 }
 
 // showUnresolved marks the VMs whose guests could not be thawed yet.
-func (a *Agent) showUnresolved(recoveries []freeze.Recovery) {
+func (a *Agent) showUnresolved(recoveries []freeze.Recovered) {
 	for _, r := range recoveries {
 		v := a.vms[r.Lease.Request.VMID]
 		if v == nil || r.Guard == nil || r.Resolved() {

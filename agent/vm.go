@@ -125,7 +125,8 @@ func (a *Agent) reload(ctx context.Context, v *vm) error {
 // started takes a QEMU process in.
 func (a *Agent) started(ctx context.Context, p discover.Process) {
 	p, managed := discover.Apply(a.overrides, p)
-	if !managed {
+	if !managed || a.cfg.ListedOnly && len(p.Overrides) == 0 {
+		a.log.Debug("a QEMU process is left alone", "vm", displayName(p), "pid", p.PID)
 		return
 	}
 	now := time.Now()

@@ -25,6 +25,7 @@ type config struct {
 	LogLevel      string   `yaml:"log-level"`
 	LogFormat     string   `yaml:"log-format"`
 	ScanOnly      bool     `yaml:"scan-only"`
+	ListedOnly    bool     `yaml:"listed-only"`
 	Viewers       []string `yaml:"viewers"`
 	Operators     []string `yaml:"operators"`
 	Admins        []string `yaml:"admins"`
@@ -43,6 +44,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.LogLevel, "log-level", "info", "`level`: debug, info, warn or error")
 	f.StringVar(&c.LogFormat, "log-format", "text", "`format`: text or json")
 	f.BoolVar(&c.ScanOnly, "scan-only", false, "find VMs by scanning /proc only, without process events")
+	f.BoolVar(&c.ListedOnly, "listed-only", false, "manage only the VMs that a file in --vms-dir names")
 	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look")
 	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw")
 	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything")
@@ -92,8 +94,12 @@ func (c *config) restore(into *config, given map[string]string) {
 			*pair[1] = *pair[0]
 		}
 	}
-	if _, ok := given["scan-only"]; ok {
-		into.ScanOnly = c.ScanOnly
+	for name, pair := range map[string][2]*bool{
+		"scan-only": {&c.ScanOnly, &into.ScanOnly}, "listed-only": {&c.ListedOnly, &into.ListedOnly},
+	} {
+		if _, ok := given[name]; ok {
+			*pair[1] = *pair[0]
+		}
 	}
 }
 

@@ -131,7 +131,7 @@ func serve(ctx context.Context, c config) error {
 	}
 	m := metrics.New(version)
 	a, err := agent.Open(ctx, agent.Config{
-		StateDir: c.StateDir, OverridesDir: c.VMsDir, Freezing: guards, ScanOnly: c.ScanOnly, Logger: log,
+		StateDir: c.StateDir, OverridesDir: c.VMsDir, Freezing: guards, ScanOnly: c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
 		OnOperation: m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow,
 	})
 	if err != nil {

@@ -53,8 +53,36 @@ var formats = map[string]bool{
 	"bochs": true, "cloop": true, "dmg": true,
 }
 
-// image is what a node opens in the end.
-type image struct{ format, protocol, file string }
+// image is what a node opens in the end, and how.
+type image struct {
+	format, protocol, file string
+	aio, discard           string
+	explicitBacking        bool
+}
+
+// note takes over what one node on the way says. The format node is nearer to
+// the guest than its file and decides about discards.
+func (im *image) note(s settings) {
+	if v := s.value("aio"); v != "" {
+		im.aio = v
+	}
+	if im.discard == "" {
+		im.discard = discardMode(s)
+	}
+	im.explicitBacking = im.explicitBacking || s.has("backing") || s.child("backing") != nil
+}
+
+// discardMode spells a node's discard= as QMP does.
+func discardMode(s settings) string {
+	switch v := s.value("discard"); v {
+	case "on":
+		return "unmap"
+	case "off":
+		return "ignore"
+	default:
+		return v
+	}
+}
 
 // maxGraphDepth bounds the walk down a graph, which a command line can make
 // circular.
@@ -64,6 +92,7 @@ const maxGraphDepth = 32
 func (g blockGraph) image(s settings) image {
 	var out image
 	for range maxGraphDepth {
+		out.note(s)
 		driver := s.value("driver")
 		switch {
 		case filters[driver]:
@@ -112,18 +141,25 @@ func (g blockGraph) blockdev(s settings) Drive {
 		Node: s.value("node-name"), Interface: "none",
 		File: im.file, Protocol: im.protocol, Format: im.format,
 		ReadOnly: s.on("read-only"),
+		AIO:      im.aio, Discard: im.discard, ExplicitBacking: im.explicitBacking,
 	}
 }
 
-// legacyDrive describes a -drive.
+// legacyDrive describes a -drive. Its own keys come before those of a file
+// name that describes nodes.
 func (g blockGraph) legacyDrive(s settings) Drive {
 	im := g.legacyImage(s)
+	im.note(s)
+	if v := discardMode(s); v != "" {
+		im.discard = v
+	}
 	cdrom := s.value("media") == "cdrom"
 	return Drive{
 		Node: s.value("node-name"), Interface: s.value("if"),
 		File: im.file, Protocol: im.protocol, Format: im.format,
 		ReadOnly: cdrom || s.on("read-only") || s.on("readonly"),
 		CDROM:    cdrom, Snapshot: s.on("snapshot"),
+		AIO: im.aio, Discard: im.discard, ExplicitBacking: im.explicitBacking,
 	}
 }
 

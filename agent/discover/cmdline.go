@@ -112,7 +112,7 @@ func splitOptions(args []string) ([]option, error) {
 var impliedKeys = map[string]string{
 	"drive": "", "blockdev": "driver", "device": "driver", "chardev": "backend",
 	"mon": "chardev", "name": "guest", "machine": "type", "M": "type",
-	"m": "size", "action": "", "sandbox": "enable", "run-with": "",
+	"m": "size", "action": "", "sandbox": "enable", "run-with": "", "smbios": "",
 }
 
 // applySets carries out -set GROUP.ID.KEY=VALUE, which changes an option given
@@ -170,6 +170,10 @@ func (c *commandLine) takeIdentity(o option) {
 		}
 	case "uuid":
 		p.UUID = strings.ToLower(o.arg)
+	case "smbios": // the system's UUID is the VM's: query-uuid tells it too
+		if v, ok := o.settings.get("uuid"); ok && o.settings.value("type") == "1" {
+			p.UUID = strings.ToLower(v)
+		}
 	case "machine", "M":
 		if v, ok := o.settings.get("type"); ok {
 			p.Machine = v

@@ -58,8 +58,8 @@ const (
 )
 
 // openConnector subscribes. It fails where the kernel lacks the connector,
-// outside the initial network, user and pid namespaces, and without
-// CAP_NET_ADMIN.
+// outside the initial network, user and pid namespaces, and, before Linux 6.6,
+// without CAP_NET_ADMIN.
 func openConnector() (_ *connector, err error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_CONNECTOR)
 	if err != nil {
@@ -150,7 +150,7 @@ func (c *connector) awaitAck() error {
 		left := time.Until(deadline)
 		if left <= 0 {
 			return errors.New("process connector: no acknowledgement: " +
-				"it serves the initial pid and user namespaces only, and needs CAP_NET_ADMIN")
+				"it serves the initial pid and user namespaces only, and before Linux 6.6 CAP_NET_ADMIN")
 		}
 		msg, err := c.receive()
 		switch {

@@ -43,6 +43,9 @@ func (c *commandLine) resolveDrives() {
 	for _, o := range c.drives {
 		d := graph.legacyDrive(o.settings)
 		d.ID = names.name(o.settings)
+		if d.Interface == "" {
+			d.Interface = names.board.iface
+		}
 		d.Snapshot = d.Snapshot || c.allScratch && !o.settings.has("snapshot")
 		out[o.order] = &d
 	}
@@ -78,8 +81,28 @@ func (c *commandLine) attach(d *Drive) {
 		d.Device = dev.value("id")
 		d.Interface = deviceInterface(dev.value("driver"))
 		d.CDROM = d.CDROM || strings.HasSuffix(dev.value("driver"), "-cd")
+		d.IOThread = c.ioThread(dev)
 		return
 	}
+}
+
+// ioThread returns the iothread of a device, or of the controller that it is
+// plugged into: bus=ID.0.
+func (c *commandLine) ioThread(dev settings) string {
+	if own := dev.value("iothread"); own != "" {
+		return own
+	}
+	bus := dev.value("bus")
+	dot := strings.LastIndexByte(bus, '.')
+	if dot <= 0 {
+		return ""
+	}
+	for _, controller := range c.devices {
+		if controller.value("id") == bus[:dot] {
+			return controller.value("iothread")
+		}
+	}
+	return ""
 }
 
 // deviceInterface names the bus of a block device model.

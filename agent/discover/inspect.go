@@ -58,6 +58,9 @@ func Inspect(pid int) (Process, error) {
 // be read is noted; only a process that has gone is an error.
 func (p *Process) readSurroundings() error {
 	var err error
+	if p.Started, err = startedAt(p.StartTime); err != nil {
+		return err
+	}
 	if p.UID, err = effectiveUID(p.PID); err != nil {
 		return err
 	}
@@ -125,11 +128,11 @@ func (p *Process) readRoot() error {
 	return nil
 }
 
-// readCwd finds the directory that relative paths start from. A daemonized
-// QEMU has left it for the root, so its environment is asked, which holds it
-// unless QEMU was started with another.
+// readCwd finds the directory that relative paths start from. A QEMU that was
+// daemonized, or changed its root, has left it, so its environment is asked,
+// which holds it unless QEMU was started with another.
 func (p *Process) readCwd() error {
-	if !p.Daemonized {
+	if !p.Daemonized && !p.chroot {
 		cwd, err := os.Readlink(procPath(p.PID, "cwd"))
 		if err != nil {
 			return gone(p.PID, err)

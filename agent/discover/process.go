@@ -17,15 +17,15 @@ var ErrNotQEMU = errors.New("not a QEMU that runs a VM")
 // Process.Address give what this process must open instead.
 type Process struct {
 	PID       int
-	StartTime uint64 // clock ticks since boot, field 22 of /proc/PID/stat
-	Started   time.Time
-	Binary    string // the executable's path, in the process's mount namespace
+	StartTime uint64    // clock ticks since boot, field 22 of /proc/PID/stat
+	Started   time.Time // the same as wall-clock time, to 10 ms
+	Binary    string    // the executable's path, in the process's mount namespace
 	Args      []string
 	UID       int    // effective
 	Cwd       string // what relative paths of the command line start from; "" when unknown
 
 	Name string // -name guest=; "" when not given
-	UUID string // -uuid, lower case; "" when not given
+	UUID string // -uuid or -smbios type=1,uuid=, lower case; "" when not given
 
 	QMP              []Socket // every QMP monitor that is a unix socket server, in command-line order
 	GuestAgent       Socket   // behind the port named org.qemu.guest_agent.0; zero when there is none
@@ -70,7 +70,7 @@ type Drive struct {
 	ID        string // of -drive, given or as QEMU makes it up; "" with -blockdev, or when QEMU's choice is unknown
 	Node      string // node name of the root node; "" when not given
 	Device    string // qdev id of the device that uses it; "" when there is none or it has no id
-	Interface string // virtio, scsi, ide, nvme, usb, floppy, pflash, sd, mtd; "" when the machine type decides, "none" when nothing uses it
+	Interface string // virtio, scsi, ide, nvme, usb, floppy, pflash, sd, mtd; "" when the machine type decides and its choice is unknown, "none" when nothing uses it
 	File      string // the launch path; "" when no local file is opened
 	Protocol  string // file, host_device, nbd, rbd, …; "" when nothing is opened
 	Format    string // declared; "" when QEMU probes it

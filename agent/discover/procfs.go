@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -92,8 +93,8 @@ func readArguments(pid int) ([]string, error) {
 	if len(data) > maxArguments {
 		return nil, fmt.Errorf("process %d: command line longer than %d bytes", pid, maxArguments)
 	}
-	if len(data) == 0 { // an exiting process has given up its memory
-		return nil, fmt.Errorf("process %d: no command line: %w", pid, ErrGone)
+	if len(data) == 0 { // in the midst of an execution, or of its exit
+		return nil, fmt.Errorf("process %d: no command line: %w", pid, ErrNotQEMU)
 	}
 	return strings.Split(strings.TrimSuffix(string(data), "\x00"), "\x00"), nil
 }
@@ -114,6 +115,19 @@ func effectiveUID(pid int) (int, error) {
 		}
 	}
 	return 0, fmt.Errorf("process %d: status names no user", pid)
+}
+
+// startedAt turns a start time, in ticks of 10 ms on every architecture that Go
+// runs on, into wall-clock time. The boot clock counts the time asleep, as the
+// start time does.
+func startedAt(ticks uint64) (time.Time, error) {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return time.Time{}, fmt.Errorf("boot clock: %w", err)
+	}
+	const tick = 10 * time.Millisecond
+	age := time.Duration(ts.Nano()) - time.Duration(ticks)*tick
+	return time.Now().Add(-age).Truncate(tick), nil
 }
 
 // Same reports whether pid is a live process that started at startTime. A

@@ -42,17 +42,17 @@ func TestOf(t *testing.T) {
 		err  error
 		want Kind
 	}{
-		"plain":               {io.EOF, Failed},
-		"of a kind":           {New(Busy, "busy"), Busy},
-		"wrapped":             {fmt.Errorf("create: %w", New(Busy, "busy")), Busy},
-		"outermost wins":      {New(NotQuiesced, "freeze: %w", New(Unresponsive, "no answer")), NotQuiesced},
-		"joined":              {errors.Join(io.EOF, New(Exists, "taken")), Exists},
-		"cancelled":           {fmt.Errorf("wait: %w", context.Canceled), Cancelled},
-		"late":                {context.DeadlineExceeded, Failed},
-		"full":                {&os.PathError{Op: "write", Path: "/x", Err: syscall.ENOSPC}, NoSpace},
-		"over quota":          {fmt.Errorf("copy: %w", syscall.EDQUOT), NoSpace},
-		"full, of a kind":     {New(Partial, "left out: %w", syscall.ENOSPC), Partial},
-		"nothing went wrong?": {nil, Failed},
+		"plain":           {io.EOF, Failed},
+		"of a kind":       {New(Busy, "busy"), Busy},
+		"wrapped":         {fmt.Errorf("create: %w", New(Busy, "busy")), Busy},
+		"outermost wins":  {New(NotQuiesced, "freeze: %w", New(Unresponsive, "no answer")), NotQuiesced},
+		"joined":          {errors.Join(io.EOF, New(Exists, "taken")), Exists},
+		"cancelled":       {fmt.Errorf("wait: %w", context.Canceled), Cancelled},
+		"late":            {context.DeadlineExceeded, Failed},
+		"full":            {&os.PathError{Op: "write", Path: "/x", Err: syscall.ENOSPC}, NoSpace},
+		"over quota":      {fmt.Errorf("copy: %w", syscall.EDQUOT), NoSpace},
+		"full, of a kind": {New(Partial, "left out: %w", syscall.ENOSPC), Partial},
+		"nil":             {nil, Failed},
 	} {
 		if got := Of(tc.err); got != tc.want {
 			t.Errorf("%s: %s, want %s", name, got, tc.want)

@@ -29,6 +29,22 @@ func (o *Op) launch(ctx context.Context, recipe Recipe) {
 	}()
 }
 
+// endsBefore waits for the operation or for ctx, and reports whether the
+// operation has ended.
+func (o *Op) endsBefore(ctx context.Context) bool {
+	select {
+	case <-o.done:
+		return true
+	case <-ctx.Done():
+	}
+	select { // both may be so
+	case <-o.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // takeOver turns a record that a crash left unfinished into a running one.
 func (o *Op) takeOver() {
 	o.mu.Lock()

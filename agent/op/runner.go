@@ -325,9 +325,7 @@ func (r *Runner) Shutdown(ctx context.Context) error {
 	}
 	var left []string
 	for _, o := range ops {
-		select {
-		case <-o.done:
-		case <-ctx.Done():
+		if !o.endsBefore(ctx) {
 			left = append(left, o.ID())
 		}
 	}

@@ -1,0 +1,272 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/vmsnap/vmsnap/api/client"
+	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+	"github.com/vmsnap/vmsnap/internal/testvm"
+)
+
+// binaries is where TestMain builds the programs.
+var binaries string
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "vmsnap-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	build := exec.Command("go", "build", "-trimpath", "-o", dir+"/", "github.com/vmsnap/vmsnap/cmd/vmsnapd", "github.com/vmsnap/vmsnap/cmd/vmsnap")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build: %v\n%s", err, out)
+		return 1
+	}
+	binaries = dir
+	return m.Run()
+}
+
+// host is a daemon with its guests.
+type host struct {
+	t       *testing.T
+	dir     string
+	socket  string
+	metrics string
+	daemon  *exec.Cmd
+	log     *bytes.Buffer
+	exited  chan struct{}
+	*client.Client
+}
+
+// newHost starts a daemon that manages the guests, and waits until it knows
+// them.
+func newHost(t *testing.T, guests ...*testvm.Guest) *host {
+	t.Helper()
+	h := &host{t: t, dir: t.TempDir()}
+	sockets, err := os.MkdirTemp("", "vs-") // short: a socket's path has 107 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(sockets) })
+	h.socket = filepath.Join(sockets, "vmsnapd.sock")
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.metrics = l.Addr().String()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(h.path("vms.d"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range guests {
+		h.list(g)
+	}
+	h.start()
+	for _, g := range guests {
+		h.await(g, "running")
+	}
+	t.Cleanup(h.end)
+	return h
+}
+
+func (h *host) path(name string) string { return filepath.Join(h.dir, name) }
+
+// list names a guest in the daemon's configuration.
+func (h *host) list(g *testvm.Guest) {
+	h.t.Helper()
+	text := fmt.Sprintf("- match:\n    uuid: %s\n", g.UUID)
+	if err := os.WriteFile(h.path("vms.d/"+g.Name+".yaml"), []byte(text), 0o644); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// start starts the daemon and waits until it answers.
+func (h *host) start() {
+	h.t.Helper()
+	h.log = new(bytes.Buffer)
+	h.daemon = exec.Command(filepath.Join(binaries, "vmsnapd"), "--config", "/dev/null", "--state-dir", h.path("state"), "--run-dir", h.dir,
+		"--socket", h.socket, "--metrics-listen", h.metrics, "--vms-dir", h.path("vms.d"), "--listed-only", "--log-level", "debug")
+	h.daemon.Stderr = h.log
+	h.daemon.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := h.daemon.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	h.exited = make(chan struct{})
+	go func() { _ = h.daemon.Wait(); close(h.exited) }()
+	h.Client = client.New(h.socket)
+	h.eventually(30*time.Second, "the daemon answers", func() error {
+		select {
+		case <-h.exited:
+			h.t.Fatalf("vmsnapd ended:\n%s", h.log)
+		default:
+		}
+		_, err := h.VMs().ListVMs(h.ctx(), connect.NewRequest(&vmsnapv1.ListVMsRequest{}))
+		return err
+	})
+}
+
+// signal sends a signal to the daemon, and waits for its end after one that
+// ends it.
+func (h *host) signal(s syscall.Signal) {
+	h.t.Helper()
+	if err := h.daemon.Process.Signal(s); err != nil {
+		h.t.Fatal(err)
+	}
+	if s == syscall.SIGKILL || s == syscall.SIGTERM {
+		<-h.exited
+	}
+}
+
+// end stops the daemon; a daemon that does not stop is a failure.
+func (h *host) end() {
+	select {
+	case <-h.exited:
+	default:
+		_ = h.daemon.Process.Signal(syscall.SIGCONT)
+		_ = h.daemon.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-h.exited:
+		case <-time.After(90 * time.Second):
+			_ = h.daemon.Process.Signal(syscall.SIGQUIT)
+			<-h.exited
+			h.t.Error("vmsnapd did not stop")
+		}
+	}
+	if h.t.Failed() {
+		h.t.Logf("vmsnapd's log:\n%s", h.log)
+	}
+	if strings.Contains(h.log.String(), "DATA RACE") || strings.Contains(h.log.String(), "panic:") {
+		h.t.Errorf("vmsnapd:\n%s", h.log)
+	}
+}
+
+func (h *host) ctx() context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	h.t.Cleanup(cancel)
+	return ctx
+}
+
+// eventually waits for something that no event announces to a test.
+func (h *host) eventually(limit time.Duration, what string, f func() error) {
+	h.t.Helper()
+	deadline := time.Now().Add(limit)
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatalf("not within %s: %s: %v\nvmsnapd's log:\n%s", limit, what, err, h.log)
+		}
+		<-time.After(20 * time.Millisecond)
+	}
+}
+
+// await waits until the daemon shows a guest in a state.
+func (h *host) await(g *testvm.Guest, state string) map[string]any {
+	h.t.Helper()
+	var vm map[string]any
+	h.eventually(20*time.Second, g.Name+" is "+state, func() error {
+		r := h.run("vm", "show", g.Name, "-o", "json")
+		if r.code != 0 {
+			return errors.New(r.stderr)
+		}
+		vm = map[string]any{}
+		if err := json.Unmarshal([]byte(r.stdout), &vm); err != nil {
+			return err
+		}
+		if vm["state"] != state {
+			return fmt.Errorf("state %v, problems %v", vm["state"], vm["problems"])
+		}
+		return nil
+	})
+	return vm
+}
+
+// result is how a vmsnap ended.
+type result struct {
+	stdout, stderr string
+	code           int
+}
+
+// run runs vmsnap as a script would.
+func (h *host) run(args ...string) result {
+	h.t.Helper()
+	cmd := exec.CommandContext(h.ctx(), filepath.Join(binaries, "vmsnap"), args...)
+	cmd.Env = append(os.Environ(), "VMSNAP_SOCKET="+h.socket)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		h.t.Fatalf("vmsnap %v: %v", args, err)
+	}
+	return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
+}
+
+// must runs vmsnap and expects success.
+func (h *host) must(args ...string) string {
+	h.t.Helper()
+	r := h.run(args...)
+	if r.code != 0 {
+		h.t.Fatalf("vmsnap %v: exit code %d\n%s%s\nvmsnapd's log:\n%s", args, r.code, r.stdout, r.stderr, h.log)
+	}
+	return r.stdout
+}
+
+// fails runs vmsnap and expects an exit code and words on standard error.
+func (h *host) fails(code int, words string, args ...string) result {
+	h.t.Helper()
+	r := h.run(args...)
+	if r.code != code || !strings.Contains(r.stderr, words) {
+		h.t.Fatalf("vmsnap %v: exit code %d (want %d), and %q is not in:\n%s\n%s\nvmsnapd's log:\n%s", args, r.code, code, words, r.stderr, r.stdout, h.log)
+	}
+	return r
+}
+
+// object runs vmsnap with -o json and returns what it prints.
+func (h *host) object(args ...string) map[string]any {
+	h.t.Helper()
+	var v map[string]any
+	if err := json.Unmarshal([]byte(h.must(append(args, "-o", "json")...)), &v); err != nil {
+		h.t.Fatal(err)
+	}
+	return v
+}
+
+// scrape returns the daemon's metrics.
+func (h *host) scrape() string {
+	h.t.Helper()
+	resp, err := http.Get("http://" + h.metrics + "/metrics")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return string(b)
+}

@@ -165,10 +165,10 @@ func (o *Op) close(ctx context.Context, e event, failure *Failure) {
 	o.unsaved = err != nil
 	o.wake()
 	o.mu.Unlock()
-	if err == nil {
-		o.runner.forget(o)
-	}
 	o.logEnd(rec)
+	if err == nil {
+		o.runner.forget(o) // Shutdown does not wait for it from here on
+	}
 }
 
 func (o *Op) logEnd(rec Record) {

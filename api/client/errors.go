@@ -115,3 +115,14 @@ func codeOf(call *connect.Error) vmsnapv1.ErrorCode {
 		return vmsnapv1.ErrorCode_ERROR_CODE_FAILED
 	}
 }
+
+// OutcomeUnknown reports whether a call failed so that it may have been carried
+// out all the same: it was sent, and no answer came. Repeat it with the same
+// request_id, or ask what became of it.
+func OutcomeUnknown(err error) bool {
+	if _, ok := errors.AsType[*UnreachableError](err); ok {
+		return false
+	}
+	_, ok := errors.AsType[*connect.Error](err)
+	return ok && !connect.IsWireError(err)
+}

@@ -1,0 +1,268 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/vmsnap/vmsnap/api/client"
+	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+)
+
+// quiesce is whether to freeze. It is a flag's value.
+type quiesce string
+
+var quiesces = map[quiesce]vmsnapv1.Quiesce{
+	"require": vmsnapv1.Quiesce_QUIESCE_REQUIRE,
+	"prefer":  vmsnapv1.Quiesce_QUIESCE_PREFER,
+	"none":    vmsnapv1.Quiesce_QUIESCE_NONE,
+}
+
+// Set takes one of the words.
+func (q *quiesce) Set(s string) error {
+	if _, ok := quiesces[quiesce(s)]; !ok {
+		return fmt.Errorf("%q is none of require, prefer, none", s)
+	}
+	*q = quiesce(s)
+	return nil
+}
+
+// String returns the word.
+func (q *quiesce) String() string { return string(*q) }
+
+// Type returns what the help shows for the value.
+func (q *quiesce) Type() string { return "mode" }
+
+// freezing are the flags of everything that freezes a guest.
+type freezing struct {
+	timeout, lease time.Duration
+	mountpoints    []string
+}
+
+func (f *freezing) flags(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.DurationVar(&f.timeout, "freeze-timeout", 0, "how long the guest may take to answer the freeze (default 15s)")
+	flags.DurationVar(&f.lease, "lease", 0, "how long the guest may stay frozen, whatever happens (default 30s)")
+	flags.StringArrayVar(&f.mountpoints, "mountpoint", nil, "freeze only this `mount point` of the guest; may be repeated")
+	noFiles(cmd, "freeze-timeout", "lease", "mountpoint")
+}
+
+func (f *freezing) check(cmd *cobra.Command) error {
+	for _, name := range []string{"freeze-timeout", "lease"} {
+		if d, err := cmd.Flags().GetDuration(name); err != nil || cmd.Flags().Changed(name) && d <= 0 {
+			return usage(cmd, "--%s must be more than zero", name)
+		}
+	}
+	return nil
+}
+
+// optional returns nil for zero, which leaves the choice to the daemon.
+func optional(d time.Duration) *durationpb.Duration {
+	if d == 0 {
+		return nil
+	}
+	return durationpb.New(d)
+}
+
+// creation is a snapshot that is asked for.
+type creation struct {
+	req            vmsnapv1.CreateSnapshotRequest
+	quiesce        quiesce
+	freezing       freezing
+	labels         []string
+	dryRun, detach bool
+}
+
+func (a *app) snapshotCreate() *cobra.Command {
+	c := creation{quiesce: "prefer"}
+	cmd := &cobra.Command{
+		Use:   "create VM [NAME]",
+		Short: "Take a snapshot of a VM's disks",
+		Long: `Take a snapshot of a VM's disks, all at one instant and while it runs. Without
+a NAME one is made up.
+
+The guest's file systems are frozen for the cut when its guest agent permits:
+--quiesce require fails without a verified freeze, prefer records why there was
+none, none does not freeze. Whatever happens, the guest is thawed when the lease
+ends.
+
+Ctrl-C cancels the snapshot and waits until what it did is undone; a second one
+leaves it to itself. With the same --request-id a repeated command returns the
+first one's snapshot instead of taking another.`,
+		Example: `  vmsnap snapshot create web before-upgrade
+  vmsnap snapshot create web --quiesce require --label team=infra
+  vmsnap snapshot create web --disk root --dry-run
+  vmsnap snapshot create web nightly --exclude scratch --detach -o name`,
+		Args:              takes("VM", "[NAME]"),
+		ValidArgsFunction: a.completing(a.completeVMs),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := c.complete(cmd, args); err != nil {
+				return err
+			}
+			if c.dryRun {
+				return a.plan(&c.req)
+			}
+			return a.create(&c)
+		},
+	}
+	c.freezing.flags(cmd)
+	flags := cmd.Flags()
+	flags.StringArrayVar(&c.req.Disks, "disk", nil, "take only this `disk`; may be repeated")
+	flags.StringArrayVar(&c.req.Exclude, "exclude", nil, "leave out this `disk`; may be repeated")
+	flags.Var(&c.quiesce, "quiesce", "freeze the guest: require, prefer or none")
+	flags.StringVar(&c.req.Description, "description", "", "what the snapshot is for")
+	flags.StringArrayVar(&c.labels, "label", nil, "a label, `key=value`; may be repeated")
+	flags.BoolVar(&c.dryRun, "dry-run", false, "only say what would be done, or why it would be refused")
+	flags.BoolVar(&c.req.Strict, "strict", false, "refuse when there is a warning")
+	flags.BoolVar(&c.req.AllowPartial, "allow-partial", false, "let a disk that fails drop out, and exit with 3")
+	flags.BoolVar(&c.detach, "detach", false, "return when the operation has begun")
+	flags.StringVar(&c.req.RequestId, "request-id", "", "makes repeating the command safe, for 30 days")
+	noFiles(cmd, "description", "label", "request-id")
+	must(cmd.RegisterFlagCompletionFunc("quiesce", cobra.FixedCompletions([]string{"require", "prefer", "none"}, cobra.ShellCompDirectiveNoFileComp)))
+	must(cmd.RegisterFlagCompletionFunc("disk", a.completing(a.completeDisks)))
+	must(cmd.RegisterFlagCompletionFunc("exclude", a.completing(a.completeDisks)))
+	return cmd
+}
+
+// complete puts the request together from the command line.
+func (c *creation) complete(cmd *cobra.Command, args []string) error {
+	if err := c.freezing.check(cmd); err != nil {
+		return err
+	}
+	if c.dryRun && c.detach {
+		return usage(cmd, "--dry-run and --detach exclude each other")
+	}
+	labels, err := parseLabels(cmd, c.labels)
+	if err != nil {
+		return err
+	}
+	c.req.Vm = args[0]
+	if len(args) > 1 {
+		c.req.Name = args[1]
+	}
+	c.req.Labels = labels
+	c.req.Quiesce = quiesces[c.quiesce]
+	c.req.Mountpoints = c.freezing.mountpoints
+	c.req.FreezeTimeout = optional(c.freezing.timeout)
+	c.req.Lease = optional(c.freezing.lease)
+	if c.req.RequestId == "" {
+		c.req.RequestId = rand.Text()
+	}
+	return nil
+}
+
+// plan prints what a snapshot would do, and fails as it would.
+func (a *app) plan(req *vmsnapv1.CreateSnapshotRequest) error {
+	ctx, cancel := context.WithTimeout(a.asked, planTimeout)
+	defer cancel()
+	res, err := a.client().Snapshots().PlanSnapshot(ctx, connect.NewRequest(req))
+	if err != nil {
+		return err
+	}
+	plan := res.Msg.GetPlan()
+	if err := a.print(planResult(plan)); err != nil {
+		return err
+	}
+	blockers := plan.GetBlockers()
+	if len(blockers) == 0 {
+		return nil
+	}
+	return &exitError{
+		code:    blockers[0].GetCode(),
+		message: "would be refused: " + blockers[0].GetMessage(),
+		hint:    blockers[0].GetHint(),
+	}
+}
+
+// create takes a snapshot and stays with it to its end.
+func (a *app) create(c *creation) error {
+	daemon := a.client()
+	began, err := a.begin(daemon, &c.req)
+	if err != nil {
+		return err
+	}
+	if c.detach {
+		return a.print(begunResult(began))
+	}
+	operation, err := a.stay(daemon, began)
+	if err != nil {
+		return err
+	}
+	if operation.GetSnapshotId() == "" {
+		return fmt.Errorf("operation %s succeeded without a snapshot", operation.GetId())
+	}
+	ctx, cancel := context.WithTimeout(a.forced, callTimeout)
+	defer cancel()
+	res, err := daemon.Snapshots().GetSnapshot(ctx, connect.NewRequest(&vmsnapv1.GetSnapshotRequest{Snapshot: operation.GetSnapshotId()}))
+	if err != nil {
+		return fmt.Errorf("the snapshot %s was taken: %w", operation.GetSnapshotId(), err)
+	}
+	snapshot := res.Msg.GetSnapshot()
+	a.warn(snapshot.GetWarnings())
+	if err := a.print(takenResult(snapshot)); err != nil {
+		return err
+	}
+	if !operation.GetPartial() {
+		return nil
+	}
+	return &exitError{
+		code:    vmsnapv1.ErrorCode_ERROR_CODE_PARTIAL,
+		message: fmt.Sprintf("%s is partial: a disk that was asked for dropped out", snapshotName(snapshot)),
+	}
+}
+
+// begunResult shows an operation that goes on by itself.
+func begunResult(o *vmsnapv1.Operation) result {
+	r := operationResult(o)
+	r.human = func(p page, _ bool) error {
+		p.line("operation %s has begun; vmsnap operation watch %s stays with it", o.GetId(), o.GetId())
+		return nil
+	}
+	return r
+}
+
+// begin starts the operation. An interrupt does not cut it off, since then
+// nobody would know whether there is an operation to cancel.
+func (a *app) begin(daemon *client.Client, req *vmsnapv1.CreateSnapshotRequest) (*vmsnapv1.Operation, error) {
+	ctx, cancel := context.WithTimeout(a.forced, callTimeout)
+	defer cancel()
+	res, err := daemon.Snapshots().CreateSnapshot(ctx, connect.NewRequest(req))
+	if err == nil {
+		return res.Msg.GetOperation(), nil
+	}
+	if !client.OutcomeUnknown(err) {
+		return nil, err
+	}
+	code, message, _ := explain(err)
+	return nil, &exitError{
+		code:    code,
+		message: message,
+		hint:    "it may have begun all the same; the same command with --request-id " + req.GetRequestId() + " finds out",
+		err:     err,
+	}
+}
+
+// takenResult shows a snapshot that was just taken.
+func takenResult(s *vmsnapv1.Snapshot) result {
+	r := snapshotResult(s)
+	detail := r.human
+	r.human = func(p page, wide bool) error {
+		if wide {
+			return detail(p, wide)
+		}
+		text := fmt.Sprintf("%s taken, %s consistent", snapshotName(s), word(s.GetConsistency()))
+		if q := s.GetQuiesce(); q.GetFreezeWindow() != nil {
+			text += fmt.Sprintf(", %d of %d file systems frozen for %s", q.GetFrozen(), q.GetTotal(), windowText(q))
+		} else if q.GetReason() != "" {
+			text += ", not frozen: " + q.GetReason()
+		}
+		p.line("%s", text)
+		return nil
+	}
+	return r
+}

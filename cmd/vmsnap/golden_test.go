@@ -1,0 +1,186 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/agent/rpc/rpctest"
+)
+
+// TestOutputInEachFormat runs every command that prints a result in every
+// format.
+func TestOutputInEachFormat(t *testing.T) {
+	for name, line := range map[string]string{
+		"vm-list":          "vm list",
+		"vm-show":          "vm show web",
+		"vm-forget":        "vm forget web --release",
+		"snapshot-list":    "snapshot list",
+		"snapshot-show":    "snapshot show web/before-upgrade",
+		"snapshot-rename":  "snapshot rename web/nightly weekly",
+		"snapshot-create":  "snapshot create web fresh",
+		"snapshot-detach":  "snapshot create web fresh --detach",
+		"snapshot-dry-run": "snapshot create web fresh --dry-run",
+		"operation-list":   "operation list",
+		"operation-show":   "operation show c0ffee01",
+		"operation-watch":  "operation watch c0ffee01",
+		"operation-cancel": "operation cancel 0badcafe",
+		"freeze":           "freeze web --lease 10s",
+		"thaw":             "thaw web",
+	} {
+		for _, f := range formats() {
+			t.Run(name+"-"+f, func(t *testing.T) {
+				b := rpctest.Sample()
+				b.Script(rpctest.Script{Create: creates(b, taken("fresh"), op.Succeeded)})
+				socket := serve(t, b)
+				args := append(strings.Fields(line), "-o", f)
+				golden(t, name+"-"+f, socket, args, command(t, socket, args...))
+			})
+		}
+	}
+}
+
+// TestOutput runs what differs from the plain case.
+func TestOutput(t *testing.T) {
+	for name, c := range map[string]struct {
+		line  string
+		setup func(*rpctest.Backend)
+	}{
+		"vm-list-no-header": {line: "vm list --no-header"},
+		"vm-list-scanning": {line: "vm list -o name", setup: func(b *rpctest.Backend) {
+			b.SetDiscovery(agent.Discovery{Source: "scan", Reason: "netlink: operation not permitted"})
+		}},
+		"vm-show-problem":       {line: "vm show legacy"},
+		"vm-show-stopped":       {line: "vm show datenbank-東京"},
+		"vm-show-unresolved":    {line: "vm show odd", setup: oddVM},
+		"vm-list-hostile":       {line: "vm list -o wide", setup: oddVM},
+		"vm-list-empty":         {line: "snapshot list odd", setup: oddVM},
+		"snapshot-list-vm":      {line: "snapshot list web --sort name"},
+		"snapshot-list-label":   {line: "snapshot list --label team=infra --label keep=yes -o name"},
+		"snapshot-show-partial": {line: "snapshot show web/nightly"},
+		"operation-list-active": {line: "operation list --active"},
+		"operation-list-limit":  {line: "operation list web --limit 1"},
+		"operation-show-failed": {line: "operation show c0ffee02"},
+		"create-partial": {line: "snapshot create web fresh --allow-partial", setup: func(b *rpctest.Backend) {
+			s := taken("fresh")
+			s.Partial = true
+			s.Warnings = []op.Warning{{Code: "disk-dropped", Disk: "data", Message: "its overlay could not be made: no space left"}}
+			b.Script(rpctest.Script{Create: creates(b, s, op.Succeeded)})
+		}},
+		"create-failed": {line: "snapshot create web fresh --quiesce require", setup: func(b *rpctest.Backend) {
+			b.Script(rpctest.Script{Create: creates(b, taken("fresh"), op.Failed)})
+		}},
+		"create-not-frozen": {line: "snapshot create web fresh", setup: func(b *rpctest.Backend) {
+			s := taken("fresh")
+			s.Consistency = catalog.Crash
+			s.Quiesce = catalog.Quiesce{Requested: "prefer", Reason: "the guest agent did not answer within 15s"}
+			b.Script(rpctest.Script{Create: creates(b, s, op.Succeeded)})
+		}},
+		"dry-run-refused": {line: "snapshot create web fresh --dry-run", setup: func(b *rpctest.Backend) {
+			b.Script(rpctest.Script{Plan: func(_ context.Context, req agent.SnapshotRequest) (agent.Plan, error) {
+				p := rpctest.SamplePlan(req)
+				p.Disks[0].Settle = agent.SettleWhenStopped
+				p.Blockers = []*fault.Error{
+					fault.New(fault.NoSpace, "disk root: 1 MiB is free in /srv/vm/web, 64 MiB are needed").WithHint("free some space there"),
+					fault.New(fault.Busy, "%w", &op.BusyError{VM: "web", Operation: "0badcafe"}),
+				}
+				return p, nil
+			}})
+		}},
+		"thaw-too-late": {line: "thaw web", setup: func(b *rpctest.Backend) {
+			b.Script(rpctest.Script{Thaw: func(context.Context, string) (agent.ThawResult, error) {
+				return agent.ThawResult{Window: 30 * time.Second}, nil
+			}})
+		}},
+		"usage-unknown-command": {line: "snapshot creat web"},
+		"usage-unknown-flag":    {line: "snapshot create web --memory"},
+		"usage-no-argument":     {line: "vm show"},
+		"usage-more-arguments":  {line: "vm list web"},
+		"usage-group":           {line: "operation"},
+		"usage-format":          {line: "vm list -o xml"},
+		"usage-label":           {line: "snapshot create web --label team"},
+		"usage-lease":           {line: "freeze web --lease 0s"},
+		"usage-dry-run-detach":  {line: "snapshot create web --dry-run --detach"},
+		"help":                  {line: "--help"},
+		"help-create":           {line: "snapshot create --help"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := rpctest.Sample()
+			if c.setup != nil {
+				c.setup(b)
+			}
+			socket := serve(t, b)
+			args := strings.Fields(c.line)
+			golden(t, name, socket, args, command(t, socket, args...))
+		})
+	}
+}
+
+// taken returns a snapshot of web that was frozen for.
+func taken(name string) agent.SnapshotView {
+	return agent.SnapshotView{
+		Snapshot: catalog.Snapshot{
+			ID: "feedf00d", VMID: "5f0c1a2b", VMName: "web", Name: name, Created: rpctest.Now,
+			Consistency: catalog.Filesystem, Operation: "beefbeef",
+			Quiesce:  catalog.Quiesce{Requested: "prefer", Frozen: 2, Total: 2, Window: 84 * time.Millisecond},
+			Warnings: []op.Warning{{Code: "settles-when-stopped", Message: "the launch path is settled when the VM has stopped"}},
+			Disks:    []catalog.SnapshotDisk{{Device: "root", LayerID: "aa", Size: 20 << 30}},
+		},
+		Layers: map[string]agent.LayerView{"aa": {ID: "aa", Path: "/srv/vm/web/root.7f3a.qcow2", Format: "qcow2", Allocated: 196 << 10}},
+	}
+}
+
+// creates returns a script that takes a snapshot in two steps and ends the
+// operation as told.
+func creates(b *rpctest.Backend, s agent.SnapshotView, end op.State) func(context.Context, agent.SnapshotRequest) (op.Record, error) {
+	return func(_ context.Context, req agent.SnapshotRequest) (op.Record, error) {
+		if req.RequestID == "" {
+			return op.Record{}, fmt.Errorf("the command sent no request id")
+		}
+		record := op.Record{
+			ID: "beefbeef", Kind: op.KindSnapshot, VMID: s.VMID, VMName: s.VMName, State: op.Queued,
+			Created: rpctest.Now, Progress: op.Progress{Total: 2, Unit: "steps"},
+		}
+		first := b.PutOperation(record)
+		go func() {
+			record.State, record.Started = op.Running, rpctest.Now
+			record.Steps = rpctest.Steps(rpctest.Now, false, "freeze", "cut")
+			record.Progress.Done = 2
+			record.Ended = rpctest.Now.Add(240 * time.Millisecond)
+			record.State = end
+			switch end {
+			case op.Succeeded:
+				b.AddSnapshot(s)
+				record.Snapshot, record.Warnings, record.Partial = s.ID, s.Warnings, s.Partial
+			default:
+				record.Steps[1].Error = "the guest was not frozen any more"
+				record.Failure = &op.Failure{
+					Kind: fault.NotQuiesced, Message: "cut web: the guest was not frozen any more at the cut",
+					Hint: "raise --lease, or take the snapshot with --quiesce prefer",
+				}
+			}
+			b.PutOperation(record)
+		}()
+		return first, nil
+	}
+}
+
+// oddVM adds a VM whose texts try to command the terminal.
+func oddVM(b *rpctest.Backend) {
+	b.AddVM(agent.VMView{
+		ID: "0dd0dd00", Name: "odd", State: agent.Running, RunState: "io-error",
+		GuestAgent: agent.GuestAgentView{Presence: agent.Connected, Socket: "/run/\x1b]0;owned\a/qga"},
+		Process:    &agent.ProcessView{PID: 1, Unit: "a\x1b[2Jb.service", QEMUVersion: "7.2\n22"},
+		Freeze:     &agent.FreezeView{Since: rpctest.Now.Add(-90 * time.Second), Unresolved: true},
+		Problems: []agent.Problem{
+			{Code: "thaw-unresolved", Message: "\u202egnp.exe", Hint: "restart the guest agent"},
+			{Code: "bytes", Message: "not UTF-8: \xff"},
+		},
+	})
+}

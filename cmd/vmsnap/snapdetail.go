@@ -1,0 +1,126 @@
+package main
+
+import (
+	"fmt"
+
+	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+)
+
+func snapshotResult(s *vmsnapv1.Snapshot) result {
+	return result{document: s, names: []string{snapshotName(s)}, human: func(p page, _ bool) error {
+		snapshotDetail(p, s)
+		return nil
+	}}
+}
+
+func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
+	partial := ""
+	if s.GetPartial() {
+		partial = "a disk that was asked for dropped out; see the warnings"
+	}
+	p.fields(
+		"Snapshot", snapshotName(s),
+		"ID", s.GetId(),
+		"Taken", p.when(s.GetCreated()),
+		"Consistency", word(s.GetConsistency()),
+		"Partial", partial,
+		"Quiesce", quiesceText(s.GetQuiesce()),
+		"Description", s.GetDescription(),
+		"Labels", labelsText(s.GetLabels()),
+		"Operation", s.GetOperationId(),
+	)
+	if len(s.GetDisks()) > 0 {
+		p.line("")
+		p.line("Disks:")
+	}
+	var rows [][]string
+	for _, d := range s.GetDisks() {
+		row := []string{d.GetDevice(), size(d.GetVirtualSize()), "excluded"}
+		if !d.GetExcluded() {
+			row = []string{d.GetDevice(), size(d.GetVirtualSize()), d.GetPath(), d.GetFormat(), size(d.GetAllocated())}
+		}
+		rows = append(rows, row)
+	}
+	p.columns("  ", rows)
+	warningList(p, s.GetWarnings())
+}
+
+// quiesceText says what was asked for and what came of it.
+func quiesceText(q *vmsnapv1.QuiesceResult) string {
+	text := word(q.GetRequested())
+	if q.GetFreezeWindow() != nil {
+		text += fmt.Sprintf(": %d of %d file systems frozen for %s", q.GetFrozen(), q.GetTotal(), windowText(q))
+	}
+	if q.GetReason() != "" {
+		text += ": " + q.GetReason()
+	}
+	return text
+}
+
+func warningList(p page, warnings []*vmsnapv1.Warning) {
+	if len(warnings) == 0 {
+		return
+	}
+	p.line("")
+	p.line("Warnings:")
+	for _, w := range warnings {
+		p.line("  %s", warningText(w))
+	}
+}
+
+// planResult shows what a snapshot would do.
+func planResult(plan *vmsnapv1.Plan) result {
+	name := plan.GetVmName() + "/" + plan.GetName()
+	return result{document: plan, names: []string{name}, human: func(p page, _ bool) error {
+		window := ""
+		if plan.GetFreezeWindow() != nil {
+			window = "about " + brief(plan.GetFreezeWindow().AsDuration())
+		}
+		state := "stopped"
+		if plan.GetLive() {
+			state = "running"
+		}
+		p.fields(
+			"Snapshot", name,
+			"VM", state,
+			"Consistency", "up to "+word(plan.GetConsistency()),
+			"Freeze window", window,
+		)
+		p.line("")
+		p.line("Disks:")
+		var rows [][]string
+		for _, d := range plan.GetDisks() {
+			row := []string{d.GetDevice(), size(d.GetVirtualSize()), "excluded"}
+			if !d.GetExcluded() {
+				row = []string{
+					d.GetDevice(), size(d.GetVirtualSize()),
+					fmt.Sprintf("overlay in %s", d.GetDirectory()), size(d.GetFree()) + " free", "settles " + settleText(d.GetSettle()),
+				}
+			}
+			rows = append(rows, row)
+		}
+		p.columns("  ", rows)
+		warningList(p, plan.GetWarnings())
+		if len(plan.GetBlockers()) > 0 {
+			p.line("")
+			p.line("Would be refused:")
+		}
+		for _, b := range plan.GetBlockers() {
+			p.advice(b.GetMessage(), b.GetHint())
+		}
+		return nil
+	}}
+}
+
+func settleText(settle string) string {
+	switch settle {
+	case "when-stopped":
+		return "when the VM has stopped"
+	case "convert":
+		return "by converting, when the VM has stopped"
+	case "live":
+		return "at once"
+	default:
+		return settle
+	}
+}

@@ -1,0 +1,227 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+)
+
+func (a *app) snapshot() *cobra.Command {
+	return a.group(&cobra.Command{
+		Use:   "snapshot",
+		Short: "Take, show and rename snapshots",
+	}, a.snapshotCreate(), a.snapshotList(), a.snapshotShow(), a.snapshotRename())
+}
+
+func (a *app) snapshotList() *cobra.Command {
+	var labels []string
+	var order sortOrder = sortTime
+	cmd := &cobra.Command{
+		Use:   "list [VM]",
+		Short: "List the snapshots of one VM or of all, the newest first",
+		Example: `  vmsnap snapshot list
+  vmsnap snapshot list web --sort name
+  vmsnap snapshot list --label team=infra -o name`,
+		Args:              takes("[VM]"),
+		ValidArgsFunction: a.completing(a.completeVMs),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			wanted, err := parseLabels(cmd, labels)
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+			defer cancel()
+			req := &vmsnapv1.ListSnapshotsRequest{Labels: wanted}
+			if len(args) > 0 {
+				req.Vm = args[0]
+			}
+			res, err := a.client().Snapshots().ListSnapshots(ctx, connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			order.sort(res.Msg.GetSnapshots())
+			return a.print(snapshotsResult(res.Msg))
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringArrayVar(&labels, "label", nil, "only those with this label, `key=value`; may be repeated")
+	flags.Var(&order, "sort", "how to sort: time (the newest first) or name")
+	must(cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions([]string{string(sortTime), string(sortName)}, cobra.ShellCompDirectiveNoFileComp)))
+	return cmd
+}
+
+// sortOrder is how snapshots are sorted. It is a flag's value.
+type sortOrder string
+
+const (
+	sortTime sortOrder = "time"
+	sortName sortOrder = "name"
+)
+
+// Set takes an order's name.
+func (o *sortOrder) Set(s string) error {
+	if s != string(sortTime) && s != string(sortName) {
+		return fmt.Errorf("%q is neither %s nor %s", s, sortTime, sortName)
+	}
+	*o = sortOrder(s)
+	return nil
+}
+
+// String returns the order's name.
+func (o *sortOrder) String() string { return string(*o) }
+
+// Type returns what the help shows for the value.
+func (o *sortOrder) Type() string { return "order" }
+
+// sort sorts snapshots that come with the newest first.
+func (o sortOrder) sort(snapshots []*vmsnapv1.Snapshot) {
+	if o == sortName {
+		slices.SortStableFunc(snapshots, func(x, y *vmsnapv1.Snapshot) int {
+			return cmp.Or(cmp.Compare(x.GetVmName(), y.GetVmName()), cmp.Compare(x.GetName(), y.GetName()))
+		})
+	}
+}
+
+func snapshotsResult(msg *vmsnapv1.ListSnapshotsResponse) result {
+	r := result{document: msg}
+	for _, s := range msg.GetSnapshots() {
+		r.names = append(r.names, snapshotName(s))
+	}
+	r.human = func(p page, wide bool) error {
+		header := []string{"SNAPSHOT", "CONSISTENCY", "DISKS", "TAKEN"}
+		if wide {
+			header = append(header, "ID", "FROZEN", "WINDOW", "LABELS", "WARNINGS", "DESCRIPTION")
+		}
+		rows := [][]string{header}
+		for _, s := range msg.GetSnapshots() {
+			row := []string{snapshotName(s), consistencyText(s), diskCount(s), p.ago(s.GetCreated())}
+			if wide {
+				row = append(row, s.GetId(), frozenCount(s.GetQuiesce()), windowText(s.GetQuiesce()),
+					labelsText(s.GetLabels()), warningCodes(s.GetWarnings()), s.GetDescription())
+			}
+			rows = append(rows, row)
+		}
+		p.table(rows)
+		return nil
+	}
+	return r
+}
+
+// snapshotName returns what to call a snapshot by.
+func snapshotName(s *vmsnapv1.Snapshot) string { return s.GetVmName() + "/" + s.GetName() }
+
+func consistencyText(s *vmsnapv1.Snapshot) string {
+	if s.GetPartial() {
+		return word(s.GetConsistency()) + ",partial"
+	}
+	return word(s.GetConsistency())
+}
+
+func diskCount(s *vmsnapv1.Snapshot) string {
+	taken := 0
+	for _, d := range s.GetDisks() {
+		if !d.GetExcluded() {
+			taken++
+		}
+	}
+	return fmt.Sprintf("%d/%d", taken, len(s.GetDisks()))
+}
+
+func frozenCount(q *vmsnapv1.QuiesceResult) string {
+	if q.GetTotal() == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d/%d", q.GetFrozen(), q.GetTotal())
+}
+
+func windowText(q *vmsnapv1.QuiesceResult) string {
+	if q.GetFreezeWindow() == nil {
+		return ""
+	}
+	return brief(q.GetFreezeWindow().AsDuration())
+}
+
+func labelsText(labels map[string]string) string {
+	var pairs []string
+	for key, value := range labels {
+		pairs = append(pairs, key+"="+value)
+	}
+	slices.Sort(pairs)
+	return strings.Join(pairs, ",")
+}
+
+func warningCodes(warnings []*vmsnapv1.Warning) string {
+	var codes []string
+	for _, w := range warnings {
+		codes = append(codes, w.GetCode())
+	}
+	slices.Sort(codes)
+	return strings.Join(slices.Compact(codes), ",")
+}
+
+func (a *app) snapshotShow() *cobra.Command {
+	return &cobra.Command{
+		Use:               "show VM/NAME",
+		Short:             "Show a snapshot with its disks and how consistent it is",
+		Example:           `  vmsnap snapshot show web/before-upgrade`,
+		Args:              takes("VM/NAME"),
+		ValidArgsFunction: a.completing(a.completeSnapshots),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+			defer cancel()
+			res, err := a.client().Snapshots().GetSnapshot(ctx, connect.NewRequest(&vmsnapv1.GetSnapshotRequest{Snapshot: args[0]}))
+			if err != nil {
+				return err
+			}
+			return a.print(snapshotResult(res.Msg.GetSnapshot()))
+		},
+	}
+}
+
+func (a *app) snapshotRename() *cobra.Command {
+	return &cobra.Command{
+		Use:               "rename VM/NAME NEW",
+		Short:             "Rename a snapshot",
+		Example:           `  vmsnap snapshot rename web/before-upgrade before-debian-13`,
+		Args:              takes("VM/NAME", "NEW"),
+		ValidArgsFunction: a.completing(a.completeSnapshots),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+			defer cancel()
+			res, err := a.client().Snapshots().RenameSnapshot(ctx, connect.NewRequest(&vmsnapv1.RenameSnapshotRequest{
+				Snapshot: args[0], NewName: args[1],
+			}))
+			if err != nil {
+				return err
+			}
+			s := res.Msg.GetSnapshot()
+			return a.print(result{document: s, names: []string{snapshotName(s)}, human: func(p page, _ bool) error {
+				p.line("%s is now %s.", args[0], snapshotName(s))
+				return nil
+			}})
+		},
+	}
+}
+
+// parseLabels reads labels as they stand on the command line.
+func parseLabels(cmd *cobra.Command, pairs []string) (map[string]string, error) {
+	labels := make(map[string]string, len(pairs))
+	for _, pair := range pairs {
+		key, value, ok := strings.Cut(pair, "=")
+		if !ok || key == "" {
+			return nil, usage(cmd, "the label %q is not of the form key=value", pair)
+		}
+		if _, twice := labels[key]; twice {
+			return nil, usage(cmd, "the label %q is given twice", key)
+		}
+		labels[key] = value
+	}
+	return labels, nil
+}

@@ -1,0 +1,58 @@
+package main
+
+import (
+	"context"
+	"runtime"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+)
+
+// version is set when a release is built.
+var version string
+
+// ownVersion returns the version of this command.
+func ownVersion() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+func (a *app) version() *cobra.Command {
+	return &cobra.Command{
+		Use:               "version",
+		Short:             "Show the versions of this command and of the daemon",
+		Example:           `  vmsnap version -o json`,
+		Args:              takes(),
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+			defer cancel()
+			daemon, missing := a.client().Version(ctx)
+			reason := ""
+			if missing != nil {
+				_, reason, _ = explain(missing)
+			}
+			return a.print(result{
+				document: object{
+					{"vmsnap", object{{"version", ownVersion()}, {"go", runtime.Version()}}},
+					{"vmsnapd", object{{"version", daemon}, {"socket", a.socket}, {"error", reason}}},
+				},
+				names: []string{ownVersion()},
+				human: func(p page, _ bool) error {
+					p.line("vmsnap %s, %s", ownVersion(), runtime.Version())
+					if reason != "" {
+						p.line("vmsnapd: %s", reason)
+						return nil
+					}
+					p.line("vmsnapd %s, at %s", daemon, a.socket)
+					return nil
+				},
+			})
+		},
+	}
+}

@@ -50,9 +50,7 @@ func (k *keeper) freeze(ctx context.Context) Outcome {
 // ready makes sure that the guest agent answers now, and that the intent is on
 // disk. After it the freeze may be sent.
 func (k *keeper) ready(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, syncTimeout)
-	defer cancel()
-	if err := k.guest.Sync(ctx); err != nil {
+	if err := k.sync(ctx, syncTimeout); err != nil {
 		return err
 	}
 	if err := k.announce(); err != nil {

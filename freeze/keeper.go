@@ -98,7 +98,7 @@ func (k *keeper) prepare(ctx context.Context) (readiness, error) {
 	if k.guest, err = qga.Dial(ctx, k.Request.AgentSocket, qga.DefaultLimits); err != nil {
 		return ready, err
 	}
-	if err := k.guest.Sync(ctx); err != nil {
+	if err := k.sync(ctx, syncTimeout); err != nil {
 		return ready, err
 	}
 	// Asked first: while it is frozen the guest refuses the other questions.
@@ -117,6 +117,12 @@ func (k *keeper) prepare(ctx context.Context) (readiness, error) {
 	}
 	ready.Filesystems, err = k.filesystems(ctx)
 	return ready, err
+}
+
+func (k *keeper) sync(ctx context.Context, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	return k.guest.Sync(ctx)
 }
 
 func (k *keeper) moveOut(ctx context.Context) readiness {

@@ -53,9 +53,7 @@ func (k *keeper) attempt(ctx context.Context, patience time.Duration) (err error
 			k.guest = nil
 		}
 	}()
-	waiting, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	if err := k.guest.Sync(waiting); err != nil {
+	if err := k.sync(ctx, patience); err != nil {
 		return err
 	}
 	// A failed thaw may have thawed all the same, as on Windows: the question

@@ -77,12 +77,12 @@ func TestACommandTakenInPartEndsTheSession(t *testing.T) {
 	hung := make(chan error, 1)
 	go func() { hung <- s.Execute(t.Context(), "query-hang", nil, nil) }()
 	srv.Await("query-hang")
-	ctx, cancel := context.WithTimeout(t.Context(), soon)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // enough to have begun writing
 	defer cancel()
 	big := map[string]string{"x": strings.Repeat("x", 4<<20)}
 	wantError(t, s.Execute(ctx, "transaction", big, nil),
 		[]error{monitor.ErrUnresponsive, context.DeadlineExceeded}, []error{monitor.ErrOutcomeUnknown})
-	<-s.Done()
+	awaitEnd(t, s)
 	wantError(t, s.Err(), []error{monitor.ErrUnresponsive}, nil)
 	wantError(t, <-hung, []error{monitor.ErrUnresponsive}, nil)
 }

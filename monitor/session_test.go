@@ -25,6 +25,16 @@ func echo(r monitortest.Request) monitortest.Reply {
 	return monitortest.Return(args.N)
 }
 
+// awaitEnd waits until the session has ended.
+func awaitEnd(t *testing.T, s *monitor.Session) {
+	t.Helper()
+	select {
+	case <-s.Done():
+	case <-time.After(20 * time.Second):
+		t.Fatal("the session goes on")
+	}
+}
+
 type number struct {
 	N int `json:"n"`
 }
@@ -373,7 +383,7 @@ func TestReplyOverTheLimitEndsTheSession(t *testing.T) {
 	srv.Handle("transaction", func(monitortest.Request) monitortest.Reply { return monitortest.Huge(200 << 10) })
 	s := dial(t, srv.Path(), monitor.WithReplyLimit(100<<10))
 	wantError(t, s.Execute(t.Context(), "transaction", nil, nil), []error{monitor.ErrOutcomeUnknown, monitor.ErrTooLarge}, nil)
-	<-s.Done()
+	awaitEnd(t, s)
 	wantError(t, s.Err(), []error{monitor.ErrTooLarge}, nil)
 }
 
@@ -383,7 +393,7 @@ func TestDeathInMidReply(t *testing.T) {
 	srv.Handle("transaction", func(monitortest.Request) monitortest.Reply { return monitortest.Return(nil).Cut(10) })
 	s := dial(t, srv.Path())
 	wantError(t, s.Execute(t.Context(), "transaction", nil, nil), []error{monitor.ErrOutcomeUnknown, monitor.ErrGone}, nil)
-	<-s.Done()
+	awaitEnd(t, s)
 	wantError(t, s.Err(), []error{monitor.ErrGone}, nil)
 }
 
@@ -398,7 +408,7 @@ func TestAReplyBeforeTheEndIsStillAReply(t *testing.T) {
 		if err := s.Execute(t.Context(), "transaction", nil, nil); err != nil {
 			t.Fatal(err)
 		}
-		<-s.Done()
+		awaitEnd(t, s)
 		_ = s.Close()
 		srv.Close()
 	}
@@ -412,7 +422,7 @@ func TestGarbageEndsTheSession(t *testing.T) {
 			s := dial(t, srv.Path())
 			sub := s.Subscribe(1)
 			srv.Write([]byte(garbage))
-			<-s.Done()
+			awaitEnd(t, s)
 			var pe *monitor.ProtocolError
 			if err := s.Err(); !errors.As(err, &pe) {
 				t.Errorf("ended by %v", err)

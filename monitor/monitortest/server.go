@@ -27,7 +27,7 @@ type Version struct {
 // Versions that are supported: the oldest and the newest.
 var (
 	QEMU72  = Version{7, 2, 22, "Debian 1:7.2+dfsg-7+deb12u18+b3"}
-	QEMU100 = Version{10, 0, 8, "Debian 1:10.0.8+ds-0+deb13u1~bpo12+1"}
+	QEMU100 = Version{10, 0, 2, "Debian 1:10.0.2+ds-2+deb13u1~bpo12+1"}
 )
 
 // MarshalJSON gives the version as query-version returns it.

@@ -41,7 +41,7 @@ func killLeftovers(uuid string) error {
 // were made immutable.
 func RemoveAll(dir string) error {
 	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || !(entry.Type().IsRegular() || entry.IsDir()) {
+		if err != nil || !entry.Type().IsRegular() && !entry.IsDir() {
 			return err
 		}
 		return clearImmutable(path)

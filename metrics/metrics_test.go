@@ -1,0 +1,210 @@
+package metrics
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/op"
+)
+
+var update = flag.Bool("update", false, "write the golden file instead of comparing with it")
+
+// host is a source with fixed answers.
+type host struct {
+	vms        []agent.VMView
+	discovery  agent.Discovery
+	operations func(context.Context) ([]op.Record, error)
+}
+
+func (h host) VMs(context.Context) ([]agent.VMView, agent.Discovery) { return h.vms, h.discovery }
+
+func (h host) Operations(ctx context.Context, f agent.OperationFilter) ([]op.Record, error) {
+	if !f.Active {
+		return nil, errors.New("only what runs is asked for")
+	}
+	return h.operations(ctx)
+}
+
+func busyHost() host {
+	held := &agent.FreezeView{Frozen: 2, Total: 2}
+	return host{
+		vms: []agent.VMView{
+			{ID: "1", Name: "web", State: agent.Running, Freeze: held},
+			{ID: "2", Name: "db", State: agent.Running, Freeze: &agent.FreezeView{Unresolved: true}},
+			// Two processes of one identity are one guest in two views.
+			{ID: "3", Name: "twin", State: agent.Running, Freeze: held},
+			{ID: "3", Name: "twin", State: agent.Running, Freeze: held},
+			// Another VM may have the same name, and any bytes in it.
+			{ID: "4", Name: "web", State: agent.Paused, Freeze: held},
+			{ID: "5", Name: "odd\xff\"\n", State: agent.Paused, Freeze: held},
+			{ID: "6", Name: "off", State: agent.Stopped},
+		},
+		discovery: agent.Discovery{Source: "scan", Reason: "no netlink"},
+		operations: func(context.Context) ([]op.Record, error) {
+			return []op.Record{{Kind: op.KindSnapshot}, {Kind: op.KindSnapshot}, {Kind: op.KindFreeze}}, nil
+		},
+	}
+}
+
+var began = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func ended(kind op.Kind, state op.State, took time.Duration, change func(*op.Record)) op.Record {
+	r := op.Record{Kind: kind, State: state, Started: began, Ended: began.Add(took)}
+	if change != nil {
+		change(&r)
+	}
+	return r
+}
+
+func failing(kind fault.Kind) func(*op.Record) {
+	return func(r *op.Record) { r.Failure = &op.Failure{Kind: kind} }
+}
+
+// busy returns metrics in which everything has happened.
+func busy() *Metrics {
+	m := New("1.2.3")
+	m.Watch(busyHost())
+	m.ObserveFreezeWindow(84 * time.Millisecond)
+	m.ObserveFreezeWindow(31 * time.Second)
+	for _, r := range []op.Record{
+		ended(op.KindSnapshot, op.Succeeded, 700*time.Millisecond, nil),
+		ended(op.KindSnapshot, op.Succeeded, 3*time.Second, func(r *op.Record) { r.Partial = true }),
+		ended(op.KindSnapshot, op.Failed, 20*time.Second, failing(fault.NoSpace)),
+		ended(op.KindSnapshot, op.Failed, time.Second, failing("never heard of")),
+		ended(op.KindSnapshot, op.Cancelled, time.Second, failing(fault.Cancelled)),
+		ended(op.KindFreeze, op.Failed, time.Second, nil),
+		// Cancelled before it ran: counted, without a duration.
+		ended(op.KindSettle, op.Cancelled, 0, func(r *op.Record) { r.Started = time.Time{} }),
+	} {
+		m.ObserveOperation(r)
+	}
+	return m
+}
+
+func scrape(t *testing.T, m *Metrics) string {
+	t.Helper()
+	rec := httptest.NewRecorder()
+	m.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+	if rec.Code != 200 {
+		t.Fatalf("the scrape failed with %d: %s", rec.Code, rec.Body)
+	}
+	return rec.Body.String()
+}
+
+var goVersion = regexp.MustCompile(`goversion="[^"]*"`)
+
+// ours leaves out what the libraries tell of the process.
+func ours(text string) string {
+	var out strings.Builder
+	for line := range strings.Lines(text) {
+		name := strings.TrimPrefix(strings.TrimPrefix(line, "# HELP "), "# TYPE ")
+		if !strings.HasPrefix(name, "go_") && !strings.HasPrefix(name, "process_") {
+			out.WriteString(line)
+		}
+	}
+	return goVersion.ReplaceAllString(out.String(), `goversion="GO"`)
+}
+
+func TestGolden(t *testing.T) {
+	text := scrape(t, busy())
+	for _, family := range []string{"go_goroutines ", "process_resident_memory_bytes ", "process_open_fds "} {
+		if !strings.Contains(text, "\n"+family) {
+			t.Errorf("the process is not told of: %s is missing", family)
+		}
+	}
+	got := ours(text)
+	const file = "testdata/metrics.golden"
+	if *update {
+		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), got); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", file, diff)
+	}
+}
+
+func TestPromtool(t *testing.T) {
+	cmd := exec.CommandContext(t.Context(), "promtool", "check", "metrics")
+	cmd.Stdin = strings.NewReader(scrape(t, busy()))
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil || out.Len() > 0 {
+		t.Errorf("promtool: %v\n%s", err, &out)
+	}
+}
+
+// TestFailedReading has a source that fails: the rest is still told.
+func TestFailedReading(t *testing.T) {
+	h := busyHost()
+	h.operations = func(context.Context) ([]op.Record, error) { return nil, errors.New("the catalog is gone") }
+	m := New("1")
+	m.Watch(h)
+	text := scrape(t, m)
+	for _, line := range []string{
+		`vmsnap_collector_success{collector="operations"} 0`,
+		`vmsnap_collector_success{collector="vms"} 1`,
+		`vmsnap_vms{state="running"} 4`,
+	} {
+		if !strings.Contains(text, line+"\n") {
+			t.Errorf("missing: %s", line)
+		}
+	}
+	if strings.Contains(text, "vmsnap_operations_running{") {
+		t.Error("what could not be read is told all the same")
+	}
+}
+
+// TestHungReading has a source that hangs and ignores its context: scrapes go
+// on, none piles up behind it, and it is read again once it has returned.
+func TestHungReading(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		var calls atomic.Int32
+		h := busyHost()
+		h.operations = func(context.Context) ([]op.Record, error) {
+			calls.Add(1)
+			<-release
+			return nil, nil
+		}
+		m := New("1")
+		m.Watch(h)
+		for range 3 {
+			before := time.Now()
+			if text := scrape(t, m); !strings.Contains(text, `vmsnap_collector_success{collector="operations"} 0`) {
+				t.Error("a hung reading is called a success")
+			}
+			if took := time.Since(before); took > readTimeout {
+				t.Errorf("the scrape took %s", took)
+			}
+		}
+		if n := calls.Load(); n != 1 {
+			t.Errorf("%d readings hang; want 1", n)
+		}
+		close(release)
+		synctest.Wait()
+		if text := scrape(t, m); !strings.Contains(text, `vmsnap_collector_success{collector="operations"} 1`) {
+			t.Error("it is not read again")
+		}
+	})
+}

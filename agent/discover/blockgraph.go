@@ -4,12 +4,13 @@ import "strings"
 
 // blockGraph is the set of named nodes of the command line.
 type blockGraph struct {
-	nodes map[string]settings
-	inner map[string]bool // nodes that another node stands on
+	nodes  map[string]settings
+	inner  map[string]bool  // nodes that another node stands on
+	images map[string]image // what was found of nodes
 }
 
 func newBlockGraph(blockdevs []settings) blockGraph {
-	g := blockGraph{nodes: map[string]settings{}, inner: map[string]bool{}}
+	g := blockGraph{nodes: map[string]settings{}, inner: map[string]bool{}, images: map[string]image{}}
 	for _, s := range blockdevs {
 		if name := s.value("node-name"); name != "" {
 			g.nodes[name] = s
@@ -84,47 +85,64 @@ func discardMode(s settings) string {
 	}
 }
 
-// maxGraphDepth bounds the walk down a graph, which a command line can make
-// circular.
+// maxGraphDepth bounds the walk down a graph in nodes; a few are usual.
 const maxGraphDepth = 32
 
 // image follows a node through filters and its format to its protocol.
-func (g blockGraph) image(s settings) image {
+func (g blockGraph) image(s settings) image { return g.imageAt(s, 0) }
+
+func (g blockGraph) imageAt(s settings, depth int) image {
 	var out image
-	for range maxGraphDepth {
-		out.note(s)
-		driver := s.value("driver")
-		switch {
-		case filters[driver]:
-		case formats[driver]:
-			if out.format == "" {
-				out.format = driver
-			}
-		case driver == "":
-			return out
-		default:
-			out.protocol = driver
-			if isLocal(driver) {
-				out.file = s.value("filename")
-			}
-			return out
+	out.note(s)
+	driver := s.value("driver")
+	switch {
+	case driver == "" || depth == maxGraphDepth:
+		return out
+	case filters[driver]:
+	case formats[driver]:
+		out.format = driver
+	default:
+		out.protocol = driver
+		if isLocal(driver) {
+			out.file = s.value("filename")
 		}
-		s = g.below(s)
+		return out
 	}
+	out.standOn(g.below(s, depth+1))
 	return out
 }
 
-// below returns the node that a node stands on.
-func (g blockGraph) below(s settings) settings {
+// standOn completes what a node tells by what the node below it does.
+func (im *image) standOn(below image) {
+	im.protocol, im.file = below.protocol, below.file
+	im.explicitBacking = im.explicitBacking || below.explicitBacking
+	if im.format == "" {
+		im.format = below.format
+	}
+	if im.discard == "" {
+		im.discard = below.discard
+	}
+	if below.aio != "" {
+		im.aio = below.aio
+	}
+}
+
+// below tells of the node that a node stands on. What is found of a named one
+// is kept: many may stand on it, and it may stand on itself.
+func (g blockGraph) below(s settings, depth int) image {
 	for _, key := range []string{"file", "image"} {
 		if name, ok := s.get(key); ok {
-			return g.nodes[name]
+			if _, known := g.images[name]; !known {
+				g.images[name] = image{}
+				g.images[name] = g.imageAt(g.nodes[name], depth)
+			}
+			return g.images[name]
 		}
 		if inline := s.child(key); inline != nil {
-			return inline
+			return g.imageAt(inline, depth)
 		}
 	}
-	return nil
+	return image{}
 }
 
 func isLocal(protocol string) bool {

@@ -42,12 +42,12 @@ type option struct {
 type commandLine struct {
 	p          Process
 	chardevs   map[string]settings
-	monitors   []monitorOption
+	monitors   []option // -qmp, -qmp-pretty and -mon
 	drives     []driveOption
 	blockdevs  []settings
 	devices    []settings
-	flash      []string // block backends of -machine pflash0= and pflash1=
-	allScratch bool     // -snapshot
+	flash      map[string]bool // drives and nodes named by -machine pflash0= and pflash1=
+	allScratch bool            // -snapshot
 }
 
 // ParseCommandLine describes a QEMU by its arguments, args[0] included. It is
@@ -65,7 +65,7 @@ func ParseCommandLine(args []string) (Process, error) {
 	if err := applySets(options); err != nil {
 		return Process{}, err
 	}
-	c := commandLine{chardevs: map[string]settings{}}
+	c := commandLine{chardevs: map[string]settings{}, flash: map[string]bool{}}
 	c.p.Args = args
 	for _, o := range options {
 		c.take(o)
@@ -78,11 +78,18 @@ func ParseCommandLine(args []string) (Process, error) {
 	return c.p, nil
 }
 
+// maxOptions bounds a command line in options; a VM with a thousand disks has
+// some five thousand. It bounds the time spent on one that means harm.
+const maxOptions = 1 << 14
+
 // splitOptions pairs options with their arguments. An argument that is no
 // option is the image of the first disk.
 func splitOptions(args []string) ([]option, error) {
 	var out []option
 	for i := 0; i < len(args); i++ {
+		if len(out) == maxOptions {
+			return nil, fmt.Errorf("more than %d options", maxOptions)
+		}
 		arg := args[i]
 		if !strings.HasPrefix(arg, "-") || arg == "-" {
 			out = append(out, option{name: "hda", arg: arg})
@@ -118,20 +125,23 @@ var impliedKeys = map[string]string{
 // applySets carries out -set GROUP.ID.KEY=VALUE, which changes an option given
 // before it.
 func applySets(options []option) error {
-	for i, set := range options {
-		if set.name != "set" {
+	type target struct{ group, id string }
+	named := map[target]*option{}
+	for i := range options {
+		o := &options[i]
+		if id, ok := o.settings.get("id"); ok {
+			named[target{o.name, id}] = o
+		}
+		if o.name != "set" {
 			continue
 		}
-		target, value, ok := strings.Cut(set.arg, "=")
-		parts := strings.SplitN(target, ".", 3)
+		path, value, ok := strings.Cut(o.arg, "=")
+		parts := strings.SplitN(path, ".", 3)
 		if !ok || len(parts) != 3 {
-			return fmt.Errorf("-set %s: not GROUP.ID.KEY=VALUE", set.arg)
+			return fmt.Errorf("-set %s: not GROUP.ID.KEY=VALUE", o.arg)
 		}
-		for j := range options[:i] {
-			o := &options[j]
-			if o.name == parts[0] && o.settings.value("id") == parts[1] {
-				o.settings = append(o.settings, setting{parts[2], value})
-			}
+		if set := named[target{parts[0], parts[1]}]; set != nil {
+			set.settings = append(set.settings, setting{parts[2], value})
 		}
 	}
 	return nil
@@ -143,7 +153,7 @@ func (c *commandLine) take(o option) {
 	case "chardev":
 		c.chardevs[o.settings.value("id")] = o.settings
 	case "qmp", "qmp-pretty", "mon":
-		c.monitors = append(c.monitors, monitorOption{o.name, o.arg, o.settings})
+		c.monitors = append(c.monitors, o)
 	case "drive", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "pflash", "mtdblock", "sd":
 		c.takeDrive(o)
 	case "blockdev":
@@ -179,8 +189,8 @@ func (c *commandLine) takeIdentity(o option) {
 			p.Machine = v
 		}
 		for _, key := range []string{"pflash0", "pflash1"} {
-			if v, ok := o.settings.get(key); ok {
-				c.flash = append(c.flash, v)
+			if v := o.settings.value(key); v != "" {
+				c.flash[v] = true
 			}
 		}
 	case "cpu":

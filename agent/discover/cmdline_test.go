@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -187,6 +188,38 @@ func TestLibvirtEvidence(t *testing.T) {
 		}
 		if p.Libvirt != want || p.Libvirt != (p.LibvirtEvidence != "") {
 			t.Errorf("%s: %v (%s), want %v", text, p.Libvirt, p.LibvirtEvidence, want)
+		}
+	}
+}
+
+// TestHostileCommandLines has the longest command lines of the worst shapes: a
+// QEMU that was taken over can execute itself with any. They take no longer
+// than a scan may.
+func TestHostileCommandLines(t *testing.T) {
+	repeat := func(n int, args ...string) []string {
+		out := []string{"qemu-system-x86_64"}
+		for range n {
+			out = append(out, args...)
+		}
+		return out
+	}
+	keys := strings.Repeat("a=,", 1500)
+	tests := map[string][]string{
+		"sets":      append(repeat(1<<13, "-drive", "id=x"), repeat(1<<13-1, "-set", "drive.x.a=b")[1:]...),
+		"drives":    repeat(1<<14, "-drive", "if=virtio"),
+		"devices":   append(repeat(1<<13, "-drive", "id=x,if=none"), repeat(1<<13, "-device", "d,drive=y,bus=z.0")[1:]...),
+		"wide node": append(repeat(1, "-blockdev", keys+"node-name=w,driver=throttle,file=w"), repeat(1<<14-1, "-blockdev", "driver=throttle,file=w")[1:]...),
+		"too many":  repeat(1<<20, "-S"),
+		"commas":    {"qemu-system-x86_64", "-drive", strings.Repeat(",", 4<<20)},
+		"deep json": {"qemu-system-x86_64", "-device", strings.Repeat(`{"a":`, 1<<19)},
+	}
+	for name, args := range tests {
+		began := time.Now()
+		_, err := ParseCommandLine(args)
+		took := time.Since(began)
+		t.Logf("%s: %v, %v", name, took, err)
+		if took > 10*time.Second {
+			t.Errorf("%s: took %v", name, took)
 		}
 	}
 }

@@ -57,8 +57,9 @@ func (c *commandLine) resolveDrives() {
 		d := graph.blockdev(s)
 		out[next] = &d
 	}
+	devices := newDeviceIndex(c.devices)
 	for _, d := range out {
-		c.attach(d)
+		c.attach(d, devices)
 		if d.ID != "" || d.Device != "" || !graph.inner[d.Node] {
 			c.p.Drives = append(c.p.Drives, *d)
 		}
@@ -66,29 +67,44 @@ func (c *commandLine) resolveDrives() {
 }
 
 // attach finds the device that a drive is used by.
-func (c *commandLine) attach(d *Drive) {
-	for _, flash := range c.flash {
-		if d.ID == "" && flash == d.Node || d.ID != "" && flash == d.ID {
-			d.Interface = "pflash"
-			return
-		}
+func (c *commandLine) attach(d *Drive, devices deviceIndex) {
+	if c.flash[d.ID] || c.flash[d.Node] {
+		d.Interface = "pflash"
+		return
 	}
-	for _, dev := range c.devices {
-		ref := dev.value("drive")
-		if ref == "" || ref != d.ID && ref != d.Node {
+	for _, ref := range []string{d.ID, d.Node} {
+		dev := devices.byDrive[ref]
+		if ref == "" || dev == nil {
 			continue
 		}
 		d.Device = dev.value("id")
 		d.Interface = deviceInterface(dev.value("driver"))
 		d.CDROM = d.CDROM || strings.HasSuffix(dev.value("driver"), "-cd")
-		d.IOThread = c.ioThread(dev)
+		d.IOThread = devices.ioThread(dev)
 		return
 	}
 }
 
+// deviceIndex finds devices by what others know of them.
+type deviceIndex struct {
+	byDrive map[string]settings // the first that uses a drive or node
+	byID    map[string]settings
+}
+
+func newDeviceIndex(devices []settings) deviceIndex {
+	index := deviceIndex{map[string]settings{}, map[string]settings{}}
+	for _, dev := range devices {
+		if ref := dev.value("drive"); ref != "" && index.byDrive[ref] == nil {
+			index.byDrive[ref] = dev
+		}
+		index.byID[dev.value("id")] = dev
+	}
+	return index
+}
+
 // ioThread returns the iothread of a device, or of the controller that it is
 // plugged into: bus=ID.0.
-func (c *commandLine) ioThread(dev settings) string {
+func (index deviceIndex) ioThread(dev settings) string {
 	if own := dev.value("iothread"); own != "" {
 		return own
 	}
@@ -97,12 +113,7 @@ func (c *commandLine) ioThread(dev settings) string {
 	if dot <= 0 {
 		return ""
 	}
-	for _, controller := range c.devices {
-		if controller.value("id") == bus[:dot] {
-			return controller.value("iothread")
-		}
-	}
-	return ""
+	return index.byID[bus[:dot]].value("iothread")
 }
 
 // deviceInterface names the bus of a block device model.
@@ -152,6 +163,7 @@ type boardDrives struct {
 type driveNames struct {
 	board boardDrives
 	taken map[drivePlace]bool
+	free  map[drivePlace]drivePlace // the first place that may be free, searching from the key on
 }
 
 type drivePlace struct {
@@ -160,7 +172,7 @@ type drivePlace struct {
 }
 
 func newDriveNames(board boardDrives) *driveNames {
-	return &driveNames{board, map[drivePlace]bool{}}
+	return &driveNames{board, map[drivePlace]bool{}, map[drivePlace]drivePlace{}}
 }
 
 func (n *driveNames) perBus(iface string) int {
@@ -206,13 +218,25 @@ func (n *driveNames) place(iface string, s settings) drivePlace {
 	}
 	if place.unit < 0 {
 		place.unit = 0
-		for n.taken[place] {
-			if place.unit++; perBus != 0 && place.unit >= perBus {
-				place.unit, place.bus = 0, place.bus+1
-			}
-		}
+		place = n.firstFree(place, perBus)
 	}
 	n.taken[place] = true
+	return place
+}
+
+// firstFree returns the first free place from one on. Places are never given
+// back, so the next search can begin where this one ended.
+func (n *driveNames) firstFree(from drivePlace, perBus int) drivePlace {
+	place, searched := n.free[from]
+	if !searched {
+		place = from
+	}
+	for n.taken[place] {
+		if place.unit++; perBus != 0 && place.unit >= perBus {
+			place.unit, place.bus = 0, place.bus+1
+		}
+	}
+	n.free[from] = place
 	return place
 }
 

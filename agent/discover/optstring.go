@@ -56,6 +56,9 @@ func (s settings) child(prefix string) settings {
 	return out
 }
 
+// maxSettings bounds the keys of one option argument; few have thirty.
+const maxSettings = 1 << 10
+
 // parseSettings reads an option argument: JSON when it starts with a brace,
 // else comma-separated key=value pairs in which a doubled comma stands for
 // one. A first part without "=" is the value of the implied key; a later one
@@ -63,6 +66,9 @@ func (s settings) child(prefix string) settings {
 func parseSettings(arg, implied string) (settings, error) {
 	if strings.HasPrefix(arg, "{") {
 		return parseJSONSettings(arg)
+	}
+	if n := strings.Count(arg, ","); n >= 2*maxSettings { // doubled ones count twice
+		return nil, fmt.Errorf("argument with %d commas", n)
 	}
 	var out settings
 	for first := true; arg != ""; first = false {
@@ -111,6 +117,9 @@ func parseJSONSettings(arg string) (settings, error) {
 	out, err := flattenObject(dec, "", 0)
 	if err != nil {
 		return nil, fmt.Errorf("json argument: %w", err)
+	}
+	if len(out) > maxSettings {
+		return nil, fmt.Errorf("json argument: %d keys", len(out))
 	}
 	if dec.More() {
 		return nil, fmt.Errorf("json argument: text after the object at byte %d", dec.InputOffset())

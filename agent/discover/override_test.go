@@ -64,7 +64,7 @@ qmp: /run/db.sock
 func TestOverrideMistakes(t *testing.T) {
 	tests := []struct{ text, want string }{
 		{"match: {name: a}\nqpm: /x\n", "f:2: qpm: unknown setting"},
-		{"match:\n  nmae: a\n", "f:2: match.nmae: unknown setting"},
+		{"match:\n  nick: a\n", "f:2: match.nick: unknown setting"},
 		{"match: {name: a}\nname: b\nname: c\n", "f:3: name: given twice"},
 		{"match: {name: a}\nqmp: [rel]\n", "f:2: qmp: must be an absolute path"},
 		{"match: {name: a}\nqmp: {a: b}\n", "f:2: qmp: must be a path or a list of paths"},

@@ -1,17 +1,9 @@
 package discover
 
-import (
-	"strings"
-)
+import "strings"
 
 // guestAgentPort is the name by which qemu-ga finds its port in the guest.
 const guestAgentPort = "org.qemu.guest_agent.0"
-
-// monitorOption is a -qmp, -qmp-pretty or -mon option.
-type monitorOption struct {
-	name, arg string
-	settings  settings // of -mon
-}
 
 // resolveMonitors finds the sockets of the QMP monitors.
 func (c *commandLine) resolveMonitors() {
@@ -22,7 +14,7 @@ func (c *commandLine) resolveMonitors() {
 	}
 }
 
-func (c *commandLine) monitorSocket(m monitorOption) (Socket, bool) {
+func (c *commandLine) monitorSocket(m option) (Socket, bool) {
 	if m.name == "mon" {
 		if m.settings.value("mode") != "control" {
 			return Socket{}, false

@@ -321,3 +321,42 @@ func (q *qmpConn) ask(command string, result any) {
 		return
 	}
 }
+
+// TestQEMUAsyncTeardown runs a QEMU with a second process that has its command
+// line and outlives it by a little.
+func TestQEMUAsyncTeardown(t *testing.T) {
+	forEachQEMU(t, func(t *testing.T, q qemu) {
+		option := []string{"-run-with", "async-teardown=on"}
+		if _, old := q.takesNoArgument(t, "async-teardown"); old {
+			option = []string{"-async-teardown"}
+		}
+		w := watch(t, Options{})
+		cmd := q.start(t, append(bareArgs("teardown", t.TempDir()+"/qmp"), option...)...)
+		p := w.started(cmd.Process.Pid)
+		greet(t, p, p.QMP[0])
+		found, err := Scan(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for _, p := range found {
+			if p.Name == "teardown" {
+				n++
+			}
+		}
+		if children := childrenOf(t, p.PID); n != 1 || len(children) != 1 {
+			t.Errorf("%d VMs found, want one; its children are %v, want one", n, children)
+		}
+		stop(cmd)
+		w.exited(p.PID)
+	})
+}
+
+func childrenOf(t *testing.T, pid int) []string {
+	t.Helper()
+	data, err := os.ReadFile(procPath(pid, fmt.Sprintf("task/%d/children", pid)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Fields(string(data))
+}

@@ -323,3 +323,35 @@ func BenchmarkScan(b *testing.B) {
 		}
 	}
 }
+
+func TestChroot(t *testing.T) {
+	jail, stub := t.TempDir(), stubQEMU(t)
+	out, err := exec.Command("ldd", stub).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, field := range strings.Fields(string(out)) {
+		if filepath.IsAbs(field) {
+			if err := os.MkdirAll(filepath.Join(jail, filepath.Dir(field)), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			copyProgram(t, field, filepath.Join(jail, field))
+		}
+	}
+	copyProgram(t, stub, filepath.Join(jail, "qemu-system-stub"))
+	if err := os.Mkdir(filepath.Join(jail, "vm"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	w := watch(t, Options{})
+	cmd := exec.Command("/qemu-system-stub", "60")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: jail}
+	cmd.Dir = "/vm"
+	startCmd(t, cmd)
+	p := w.started(cmd.Process.Pid)
+	if want := fmt.Sprintf("/proc/%d/root", p.PID); p.Root != want {
+		t.Errorf("root %q, want %q", p.Root, want)
+	}
+	if p.Cwd != "/vm" {
+		t.Errorf("working directory %q, want /vm", p.Cwd)
+	}
+}

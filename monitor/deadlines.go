@@ -13,6 +13,10 @@ const (
 	// them a busy monitor would only be waited for in vain.
 	DefaultGreetingDeadline = 5 * time.Second
 
+	// backlogPause is between attempts to connect to a socket whose backlog is
+	// full: QEMU takes a client that gave up off it within a millisecond.
+	backlogPause = 10 * time.Millisecond
+
 	// writeDeadline bounds the writing of one command. It only counts once the
 	// socket's buffer is full, so QEMU has stopped reading: while it executes a
 	// command it reads no other, and the longest that does so by design is a

@@ -79,6 +79,9 @@ var procRoot = regexp.MustCompile(`^(/proc/[0-9]+/root)/(.+)$`)
 // leaves no limit on the length of the path, and what was resolved is what is
 // connected to.
 func connect(ctx context.Context, path string) (*net.UnixConn, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	file, err := openSocket(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, caused(ErrGone, err)
@@ -88,17 +91,33 @@ func connect(ctx context.Context, path string) (*net.UnixConn, error) {
 	}
 	defer func() { _ = file.Close() }()
 
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
-	switch {
-	case errors.Is(err, unix.EAGAIN): // the backlog is full of others who wait
-		return nil, caused(ErrBusy, unix.EAGAIN)
-	case errors.Is(err, unix.ECONNREFUSED):
-		return nil, caused(ErrGone, unix.ECONNREFUSED)
-	case err != nil:
-		return nil, err
+	address := &net.UnixAddr{Net: "unix", Name: fmt.Sprintf("/proc/self/fd/%d", file.Fd())}
+	for {
+		conn, err := net.DialUnix("unix", nil, address) // never blocks
+		switch {
+		case err == nil:
+			return conn, nil
+		case errors.Is(err, unix.ECONNREFUSED):
+			return nil, caused(ErrGone, unix.ECONNREFUSED)
+		case !errors.Is(err, unix.EAGAIN):
+			return nil, err
+		}
+		// Others who wait, or gave up waiting, fill the backlog, which QEMU
+		// leaves short. No event tells when there is room (unix(7)).
+		select {
+		case <-ctx.Done():
+			return nil, noGreeting(ctx)
+		case <-time.After(backlogPause):
+		}
 	}
-	return conn.(*net.UnixConn), nil
+}
+
+// noGreeting is the error of a context that ended before the greeting.
+func noGreeting(ctx context.Context) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return caused(ErrBusy, context.DeadlineExceeded)
+	}
+	return context.Cause(ctx)
 }
 
 // openSocket returns an O_PATH handle of the socket file.
@@ -136,10 +155,8 @@ func awaitGreeting(ctx context.Context, conn *net.UnixConn, dec *decoder) (qmp.V
 	m, err := dec.nextMessage()
 	release()
 	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() == context.DeadlineExceeded:
-		return version, caused(ErrBusy, context.DeadlineExceeded)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return version, context.Cause(ctx)
+		return version, noGreeting(ctx)
 	case err != nil:
 		return version, readCause(err)
 	case m.QMP == nil:

@@ -18,8 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// soon is a deadline that is meant to pass.
-const soon = 50 * time.Millisecond
+// Deadlines that are meant to pass.
+const (
+	soon  = 50 * time.Millisecond
+	later = time.Second // with something done before, on a loaded machine
+)
 
 // dial connects to the server, for the length of the test.
 func dial(t testing.TB, path string, opts ...monitor.Option) *monitor.Session {
@@ -57,6 +60,7 @@ func TestDialNegotiates(t *testing.T) {
 }
 
 func TestDialFails(t *testing.T) {
+	within := func(d time.Duration) []monitor.Option { return []monitor.Option{monitor.WithGreetingDeadline(d)} }
 	cut := monitortest.WithGreeting([]byte(`{"QMP": {"version"`))
 	tests := map[string]struct {
 		opts   []monitortest.Option
@@ -68,17 +72,18 @@ func TestDialFails(t *testing.T) {
 	}{
 		"no greeting": {
 			opts: []monitortest.Option{monitortest.WithoutGreeting()},
+			dial: within(soon),
 			is:   []error{monitor.ErrBusy, context.DeadlineExceeded},
 			not:  []error{monitor.ErrGone, monitor.ErrUnresponsive},
 		},
 		"half a greeting": {
 			opts: []monitortest.Option{cut},
+			dial: within(soon),
 			is:   []error{monitor.ErrBusy, context.DeadlineExceeded},
 		},
 		"half a greeting, then gone": {
 			opts:   []monitortest.Option{cut},
 			script: func(srv *monitortest.Server) { go func() { srv.AwaitClient(1); srv.HangUp() }() },
-			dial:   []monitor.Option{monitor.WithGreetingDeadline(20 * time.Second)},
 			is:     []error{monitor.ErrGone},
 			not:    []error{monitor.ErrBusy},
 		},
@@ -96,11 +101,12 @@ func TestDialFails(t *testing.T) {
 		},
 		"endless greeting": {
 			opts: []monitortest.Option{monitortest.WithGreeting([]byte(`{"QMP": "` + strings.Repeat("x", 100<<10)))},
-			dial: []monitor.Option{monitor.WithReplyLimit(64 << 10), monitor.WithGreetingDeadline(20 * time.Second)},
+			dial: []monitor.Option{monitor.WithReplyLimit(64 << 10)},
 			is:   []error{monitor.ErrTooLarge},
 		},
 		"negotiation hangs": {
 			script: func(srv *monitortest.Server) { srv.Handle("qmp_capabilities", monitortest.Hang) },
+			dial:   within(later),
 			is:     []error{monitor.ErrUnresponsive, context.DeadlineExceeded},
 			not:    []error{monitor.ErrBusy, monitor.ErrOutcomeUnknown},
 		},
@@ -126,7 +132,7 @@ func TestDialFails(t *testing.T) {
 			if tt.script != nil {
 				tt.script(srv)
 			}
-			opts := append([]monitor.Option{monitor.WithGreetingDeadline(soon)}, tt.dial...)
+			opts := append(within(20*time.Second), tt.dial...)
 			s, err := monitor.Dial(t.Context(), srv.Path(), opts...)
 			if err == nil {
 				_ = s.Close()
@@ -164,6 +170,32 @@ func TestDialCancelled(t *testing.T) {
 		cancel()
 	}()
 	_, err := monitor.Dial(ctx, srv.Path())
+	wantError(t, err, []error{context.Canceled}, []error{monitor.ErrBusy})
+	_, err = monitor.Dial(ctx, srv.Path())
+	wantError(t, err, []error{context.Canceled}, []error{monitor.ErrBusy})
+}
+
+func TestDialWithAFullBacklog(t *testing.T) {
+	checkLeaks(t)
+	path := filepath.Join(t.TempDir(), "qmp")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Listen(fd, 0); err != nil { // room for one
+		t.Fatal(err)
+	}
+	for range 2 { // waits for the greeting, waits for room
+		_, err := monitor.Dial(t.Context(), path, monitor.WithGreetingDeadline(soon))
+		wantError(t, err, []error{monitor.ErrBusy, context.DeadlineExceeded}, nil)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(soon, cancel)
+	_, err = monitor.Dial(ctx, path)
 	wantError(t, err, []error{context.Canceled}, []error{monitor.ErrBusy})
 }
 

@@ -8,9 +8,8 @@ import (
 // Errors that a caller can act on. They are found with errors.Is in what Dial
 // and the methods of Session return.
 var (
-	// ErrBusy: the socket accepted the connection, or its backlog is full, but
-	// no greeting came by the deadline. Another client holds the monitor, or
-	// QEMU is stopped or hung.
+	// ErrBusy: something listens, but no greeting came by the deadline. Another
+	// client holds the monitor, or QEMU is stopped or hung.
 	ErrBusy = errors.New("no greeting: another client holds the monitor, or QEMU is stopped")
 
 	// ErrGone: nothing listens on the socket, or QEMU closed the connection. A

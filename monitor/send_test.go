@@ -11,7 +11,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/vmsnap/vmsnap/monitor"
 	"github.com/vmsnap/vmsnap/monitor/monitortest"
@@ -38,7 +37,7 @@ func TestOutcomesAreToldApart(t *testing.T) {
 
 	var unknown, unsent atomic.Int64
 	var all sync.WaitGroup
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), later)
 	defer cancel()
 	for range 1000 {
 		all.Go(func() {
@@ -77,7 +76,7 @@ func TestACommandTakenInPartEndsTheSession(t *testing.T) {
 	hung := make(chan error, 1)
 	go func() { hung <- s.Execute(t.Context(), "query-hang", nil, nil) }()
 	srv.Await("query-hang")
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // enough to have begun writing
+	ctx, cancel := context.WithTimeout(t.Context(), later) // enough to have begun writing
 	defer cancel()
 	big := map[string]string{"x": strings.Repeat("x", 4<<20)}
 	wantError(t, s.Execute(ctx, "transaction", big, nil),

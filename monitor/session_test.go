@@ -145,7 +145,7 @@ func TestNoReply(t *testing.T) {
 			s := dial(t, srv.Path())
 			within := 20 * time.Second
 			if slices.Contains(tt.is, context.DeadlineExceeded) {
-				within = soon
+				within = later
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), within)
 			defer cancel()
@@ -243,7 +243,7 @@ func TestRepliesToAFormerClient(t *testing.T) {
 	srv.Handle("stop", func(monitortest.Request) monitortest.Reply {
 		return monitortest.Return(nil).WithID(string(former))
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), soon)
+	ctx, cancel := context.WithTimeout(t.Context(), later)
 	defer cancel()
 	wantError(t, s.Stop(ctx), []error{monitor.ErrOutcomeUnknown}, nil)
 }
@@ -367,10 +367,12 @@ func TestLargeReplies(t *testing.T) {
 	srv := monitortest.NewServer(t)
 	srv.Handle("query-echo", echo)
 	s := dial(t, srv.Path())
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // with the race detector, on a loaded machine
+	defer cancel()
 	for _, n := range []int{300 << 10, 10, 20 << 20} {
 		srv.Handle("query-huge", func(monitortest.Request) monitortest.Reply { return monitortest.Huge(n) })
 		var got string
-		if err := s.Execute(t.Context(), "query-huge", nil, &got); err != nil || len(got) != n || strings.Trim(got, "x") != "" {
+		if err := s.Execute(ctx, "query-huge", nil, &got); err != nil || len(got) != n || strings.Trim(got, "x") != "" {
 			t.Errorf("%d bytes: got %d, %v", n, len(got), err)
 		}
 		wantEcho(t, s, n)

@@ -18,7 +18,7 @@
 // greeting can be withheld, every byte sent by itself, and events sent in any
 // number at any time.
 //
-// All methods may be called from any goroutine, except [Server.Await] and
-// [Server.AwaitClient], which belong to the test's. Everything ends with the
-// test.
+// All methods may be called from any goroutine. [Server.Await] and
+// [Server.AwaitClient] fail the test after a while; from a goroutine that is
+// not the test's, that ends only the goroutine. Everything ends with the test.
 package monitortest

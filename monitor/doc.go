@@ -14,10 +14,10 @@
 //
 // Every error of a command is a [*CommandError], which is QEMU's own refusal,
 // or an [*OpError], which names the command and wraps the cause. For a command
-// with effects, everything except [ErrOutcomeUnknown] means that it was not
-// carried out as far as QEMU reported; ErrOutcomeUnknown means that it may
-// have been, may yet be, and must be reconciled by asking QEMU. See the
-// sentinels for when each is returned.
+// with effects every error but [ErrOutcomeUnknown] means that QEMU refused it
+// or cannot have got it. ErrOutcomeUnknown means that it may have been carried
+// out or may yet be, and must be reconciled by asking QEMU. The sentinels say
+// when each is returned.
 //
 // # Deadlines
 //

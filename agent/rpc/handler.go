@@ -51,19 +51,20 @@ func NewHandler(backend Backend, opts Options) http.Handler {
 	mux.Handle(grpcreflect.NewHandlerV1(reflector, common...))
 	mux.Handle(grpcreflect.NewHandlerV1Alpha(reflector, common...))
 	errs := connect.NewErrorWriter(common...)
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		err := permit(r.Context(), opts.Roles, log, r.URL.Path)
-		if err := errs.Write(w, r, err); err != nil {
-			log.Debug("refusal not sent", "error", err)
-		}
-	})
 	server := "vmsnapd"
 	if opts.Version != "" {
 		server += "/" + opts.Version
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Server", server)
-		mux.ServeHTTP(w, r)
+		if _, listed := needed[r.URL.Path]; listed {
+			mux.ServeHTTP(w, r)
+			return
+		}
+		err := permit(r.Context(), opts.Roles, log, r.URL.Path)
+		if err := errs.Write(w, r, err); err != nil {
+			log.Debug("refusal not sent", "error", err)
+		}
 	})
 }
 

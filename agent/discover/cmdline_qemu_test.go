@@ -17,7 +17,7 @@ import (
 // others it is their argument, and the second is refused.
 func TestQEMUFlagOptions(t *testing.T) {
 	forEachQEMU(t, func(t *testing.T, q qemu) {
-		help, err := exec.Command(q.program, "-help").Output()
+		help, err := exec.Command(q.Binary, "-help").Output()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -41,7 +41,7 @@ func TestQEMUFlagOptions(t *testing.T) {
 
 func (q qemu) takesNoArgument(t *testing.T, name string) (flag, known bool) {
 	t.Helper()
-	out, err := exec.Command(q.program, "-"+name, "-no-such-option", "-nor-this").CombinedOutput()
+	out, err := exec.Command(q.Binary, "-"+name, "-no-such-option", "-nor-this").CombinedOutput()
 	switch text := string(out); {
 	case err == nil: // it has printed what was asked for
 		return true, true

@@ -16,26 +16,29 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmsnap/vmsnap/internal/testvm"
 )
 
 // qemu is a QEMU to test with.
-type qemu struct {
-	name, program string
-	args          []string // that it needs to be run at all
-}
+type qemu struct{ testvm.QEMU }
 
-// qemus are the QEMUs to test with.
-var qemus = []qemu{{name: "host", program: "/usr/bin/qemu-system-x86_64"}}
-
+// forEachQEMU runs a test with each version, one after the other: no guest runs
+// in these QEMUs, so that they need not wait for the turn of one.
 func forEachQEMU(t *testing.T, test func(t *testing.T, q qemu)) {
-	for _, q := range qemus {
-		t.Run(q.name, func(t *testing.T) { test(t, q) })
+	t.Helper()
+	versions, err := testvm.Versions()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range versions {
+		t.Run(q.Name, func(t *testing.T) { test(t, qemu{q}) })
 	}
 }
 
 // command runs it with the arguments that it needs and these.
 func (q qemu) command(args ...string) *exec.Cmd {
-	cmd := exec.Command(q.program, slices.Concat(q.args, args)...)
+	cmd := exec.Command(q.Binary, slices.Concat(q.Args, args)...)
 	cmd.Stderr = os.Stderr
 	return cmd
 }
@@ -78,7 +81,7 @@ func TestQEMUStartAndExit(t *testing.T) {
 		p := w.started(cmd.Process.Pid)
 		t.Logf("started after %v", time.Since(began))
 		if p.Name != "web" || p.UUID != testUUID || p.Machine != "none" || !p.StartPaused || p.Root != "" ||
-			p.UID != os.Getuid() || p.Binary != q.program || p.Cwd != dir || p.Libvirt || p.Stopped {
+			p.UID != os.Getuid() || p.Binary != q.Binary || p.Cwd != dir || p.Libvirt || p.Stopped {
 			t.Errorf("described as %+v", p)
 		}
 		if diff := cmp.Diff([]Socket{{Path: filepath.Join(dir, "qmp")}}, p.QMP); diff != "" {
@@ -147,8 +150,8 @@ func TestQEMUOtherMountNamespace(t *testing.T) {
 		// The socket's directory exists in that namespace only, behind a link that
 		// leads elsewhere in ours.
 		script := `mount -t tmpfs none "$1" && mkdir "$1/run" && ln -s "$1/run" "$1/link" && shift && exec "$@"`
-		args := append([]string{"-m", "--propagation", "private", "sh", "-ec", script, "sh", dir, q.program},
-			slices.Concat(q.args, bareArgs("elsewhere", dir+"/link/qmp"))...)
+		args := append([]string{"-m", "--propagation", "private", "sh", "-ec", script, "sh", dir, q.Binary},
+			slices.Concat(q.Args, bareArgs("elsewhere", dir+"/link/qmp"))...)
 		cmd := start(t, "unshare", args...)
 		p := w.started(cmd.Process.Pid)
 		if want := fmt.Sprintf("/proc/%d/root", p.PID); p.Root != want {
@@ -237,13 +240,13 @@ func TestQEMUQuestionsAreNoVMs(t *testing.T) {
 	forEachQEMU(t, func(t *testing.T, q qemu) {
 		w := watch(t, Options{})
 		for _, arg := range []string{"-version", "-help"} {
-			if err := exec.Command(q.program, arg).Run(); err != nil {
+			if err := exec.Command(q.Binary, arg).Run(); err != nil {
 				t.Fatal(err)
 			}
 		}
 		last := q.start(t, bareArgs("last", t.TempDir()+"/qmp")...)
 		w.next("the one VM", time.Second, func(e Event) bool {
-			if len(e.Process.Args) == 2 && e.Process.Binary == q.program {
+			if len(e.Process.Args) == 2 && e.Process.Binary == q.Binary {
 				t.Errorf("%v: %q", e.Kind, e.Process.Args)
 			}
 			return e.Kind == Started && e.Process.PID == last.Process.Pid

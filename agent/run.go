@@ -155,6 +155,8 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 	sub := s.Subscribe(64, "STOP", "RESUME", "SHUTDOWN", "RESET", "SUSPEND", "WAKEUP", "GUEST_PANICKED", "MIGRATION",
 		"VSERPORT_CHANGE", "DEVICE_DELETED", "BLOCK_IO_ERROR")
 	defer sub.Close()
+	unhook := context.AfterFunc(ctx, func() { _ = s.Close() }) // which ends the loop below
+	defer unhook()
 	if err := a.learn(ctx, v, r, s); err != nil {
 		a.log.Warn("a VM's monitor does not tell what is needed", "vm", v.name(), "socket", socket, "error", err)
 		r.setProblem(&Problem{"monitor-unresponsive", err.Error(), "check whether QEMU is stopped or hung"})

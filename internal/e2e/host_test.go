@@ -62,6 +62,20 @@ type host struct {
 // them.
 func newHost(t *testing.T, guests ...*testvm.Guest) *host {
 	t.Helper()
+	uuids := map[string]string{}
+	for _, g := range guests {
+		uuids[g.Name] = g.UUID
+	}
+	h := newHostOf(t, uuids)
+	for _, g := range guests {
+		h.await(g.Name, "running")
+	}
+	return h
+}
+
+// newHostOf starts a daemon that manages the VMs of the given names and UUIDs.
+func newHostOf(t *testing.T, uuids map[string]string) *host {
+	t.Helper()
 	h := &host{t: t, dir: t.TempDir()}
 	sockets, err := os.MkdirTemp("", "vs-") // short: a socket's path has 107 bytes
 	if err != nil {
@@ -80,24 +94,21 @@ func newHost(t *testing.T, guests ...*testvm.Guest) *host {
 	if err := os.Mkdir(h.path("vms.d"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for _, g := range guests {
-		h.list(g)
+	for name, uuid := range uuids {
+		h.list(name, uuid)
 	}
 	h.start()
-	for _, g := range guests {
-		h.await(g, "running")
-	}
 	t.Cleanup(h.end)
 	return h
 }
 
 func (h *host) path(name string) string { return filepath.Join(h.dir, name) }
 
-// list names a guest in the daemon's configuration.
-func (h *host) list(g *testvm.Guest) {
+// list names a VM in the daemon's configuration.
+func (h *host) list(name, uuid string) {
 	h.t.Helper()
-	text := fmt.Sprintf("- match:\n    uuid: %s\n", g.UUID)
-	if err := os.WriteFile(h.path("vms.d/"+g.Name+".yaml"), []byte(text), 0o644); err != nil {
+	text := fmt.Sprintf("match:\n  uuid: %s\n", uuid)
+	if err := os.WriteFile(h.path("vms.d/"+name+".yaml"), []byte(text), 0o644); err != nil {
 		h.t.Fatal(err)
 	}
 }
@@ -148,7 +159,7 @@ func (h *host) end() {
 		_ = h.daemon.Process.Signal(syscall.SIGTERM)
 		select {
 		case <-h.exited:
-		case <-time.After(90 * time.Second):
+		case <-time.After(20 * time.Second):
 			_ = h.daemon.Process.Signal(syscall.SIGQUIT)
 			<-h.exited
 			h.t.Error("vmsnapd did not stop")
@@ -160,6 +171,16 @@ func (h *host) end() {
 	if strings.Contains(h.log.String(), "DATA RACE") || strings.Contains(h.log.String(), "panic:") {
 		h.t.Errorf("vmsnapd:\n%s", h.log)
 	}
+}
+
+// status returns the daemon's /proc/PID/status.
+func (h *host) status() string {
+	h.t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", h.daemon.Process.Pid))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return string(b)
 }
 
 func (h *host) ctx() context.Context {
@@ -184,12 +205,12 @@ func (h *host) eventually(limit time.Duration, what string, f func() error) {
 	}
 }
 
-// await waits until the daemon shows a guest in a state.
-func (h *host) await(g *testvm.Guest, state string) map[string]any {
+// await waits until the daemon shows a VM in a state.
+func (h *host) await(name, state string) map[string]any {
 	h.t.Helper()
 	var vm map[string]any
-	h.eventually(20*time.Second, g.Name+" is "+state, func() error {
-		r := h.run("vm", "show", g.Name, "-o", "json")
+	h.eventually(20*time.Second, name+" is "+state, func() error {
+		r := h.run("vm", "show", name, "-o", "json")
 		if r.code != 0 {
 			return errors.New(r.stderr)
 		}

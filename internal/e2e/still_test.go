@@ -1,0 +1,173 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmsnap/vmsnap/internal/testvm"
+	"github.com/vmsnap/vmsnap/monitor"
+)
+
+// still is a VM whose guest never runs. It starts in a fraction of a second,
+// and the test writes to its disks through QEMU as the guest would, so that it
+// can be killed and started again many times.
+type still struct {
+	t     *testing.T
+	q     testvm.QEMU
+	name  string
+	uuid  string
+	dir   string
+	disks []string // device ids
+	args  []string
+	cmd   *exec.Cmd
+	ended chan struct{}
+	own   *monitor.Session // the second monitor, beside the daemon's
+}
+
+// newStill makes a VM with a disk for each "NAME.FORMAT".
+func newStill(t *testing.T, q testvm.QEMU, name string, files ...string) *still {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vs-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &still{t: t, q: q, name: name, dir: dir, uuid: newUUID(t)}
+	s.args = append(append([]string{}, q.Args...), "-name", name, "-uuid", s.uuid, "-S", "-display", "none", "-nodefaults",
+		"-machine", "pc,accel=tcg", "-m", "16", "-qmp", "unix:"+dir+"/q1,server=on,wait=off", "-qmp", "unix:"+dir+"/q2,server=on,wait=off")
+	for _, file := range files {
+		id, format, _ := strings.Cut(file, ".")
+		img(t, q, "create", "-q", "-f", format, dir+"/"+file, "8M")
+		s.disks = append(s.disks, id)
+		s.args = append(s.args, "-drive", fmt.Sprintf("file=%s/%s,if=none,id=drive-%s,format=%s", dir, file, id, format),
+			"-device", "virtio-blk-pci,drive=drive-"+id+",id="+id)
+	}
+	t.Cleanup(func() {
+		s.kill()
+		if out, err := exec.Command("chattr", "-R", "-i", dir).CombinedOutput(); err != nil && !strings.Contains(string(out), "not supported") {
+			t.Errorf("chattr: %v\n%s", err, out)
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	s.start()
+	return s
+}
+
+func newUUID(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("/proc/sys/kernel/random/uuid")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// start starts QEMU by its unchanged command line and says whether it came up.
+func (s *still) tryStart() error {
+	_ = os.Remove(s.dir + "/q1")
+	_ = os.Remove(s.dir + "/q2")
+	var stderr strings.Builder
+	cmd := exec.Command(s.q.Binary, s.args...)
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	ended := make(chan struct{})
+	go func() { _ = cmd.Wait(); close(ended) }()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	for {
+		own, err := monitor.Dial(ctx, s.dir+"/q2")
+		if err == nil {
+			s.cmd, s.ended, s.own = cmd, ended, own
+			return nil
+		}
+		select {
+		case <-ended:
+			return fmt.Errorf("QEMU ended: %s", &stderr)
+		case <-time.After(5 * time.Millisecond): // its socket is not there yet
+		}
+	}
+}
+
+func (s *still) start() {
+	s.t.Helper()
+	if err := s.tryStart(); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// kill kills QEMU with SIGKILL.
+func (s *still) kill() {
+	if s.cmd == nil {
+		return
+	}
+	_ = s.own.Close()
+	_ = s.cmd.Process.Kill()
+	<-s.ended
+	s.cmd = nil
+}
+
+// io runs a qemu-io command on a disk of the running VM.
+func (s *still) io(disk, command string) string {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	var out string
+	line := fmt.Sprintf(`qemu-io -d /machine/peripheral/%s/virtio-backend "%s"`, disk, command)
+	if err := s.own.Execute(ctx, "human-monitor-command", map[string]any{"command-line": line}, &out); err != nil {
+		s.t.Fatal(err)
+	}
+	return out
+}
+
+// write writes a value to each disk, durably.
+func (s *still) write(value int) {
+	s.t.Helper()
+	for _, d := range s.disks {
+		out := s.io(d, fmt.Sprintf("write -f -P %d 0 64k", value))
+		if !strings.Contains(out, "wrote 65536") {
+			s.t.Fatalf("%s: write: %s", d, out)
+		}
+	}
+}
+
+// holds verifies that each disk of the running VM holds a value.
+func (s *still) holds(value int, when string) {
+	s.t.Helper()
+	for _, d := range s.disks {
+		out := s.io(d, fmt.Sprintf("read -P %d 0 64k", value))
+		if !strings.Contains(out, "read 65536") || strings.Contains(out, "verification failed") {
+			s.t.Errorf("%s: %s does not hold %d: %s", when, d, value, out)
+		}
+	}
+}
+
+// imageHolds verifies that a layer, with all below it, holds a value.
+func (s *still) imageHolds(d snapshotDisk, value int, when string) {
+	s.t.Helper()
+	args := []string{"-U", "-r", "-f", d.Format, "-c", fmt.Sprintf("read -P %d 0 64k", value), d.Path}
+	out, err := exec.Command(filepath.Join(filepath.Dir(s.q.Img), "qemu-io"), args...).CombinedOutput()
+	if err != nil || strings.Contains(string(out), "verification failed") {
+		s.t.Errorf("%s: layer %s does not hold %d: %v\n%s", when, d.Path, value, err, out)
+	}
+}
+
+// check verifies all qcow2 files of the VM.
+func (s *still) check(when string) {
+	s.t.Helper()
+	for _, f := range files(s.t, s.dir) {
+		if strings.HasSuffix(f, ".qcow2") {
+			if out, err := exec.Command(s.q.Img, "check", "-q", "-U", "-f", "qcow2", s.dir+"/"+f).CombinedOutput(); err != nil {
+				s.t.Errorf("%s: qemu-img check %s: %v\n%s", when, f, err, out)
+			}
+		}
+	}
+}

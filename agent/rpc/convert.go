@@ -14,7 +14,7 @@ import (
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 )
 
-// text makes a string of the host or the guest fit for Protobuf, which refuses
+// text makes any string fit for Protobuf, which refuses
 // to encode a whole message for one byte that is not UTF-8.
 func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 
@@ -67,14 +67,14 @@ var operationStates = map[op.State]vmsnapv1.OperationState{
 }
 
 func warningProto(w op.Warning) *vmsnapv1.Warning {
-	return &vmsnapv1.Warning{Code: w.Code, Disk: text(w.Disk), Message: text(w.Message)}
+	return &vmsnapv1.Warning{Code: text(w.Code), Disk: text(w.Disk), Message: text(w.Message)}
 }
 
 func operationProto(r op.Record) *vmsnapv1.Operation {
 	return &vmsnapv1.Operation{
-		Id:         r.ID,
-		Kind:       string(r.Kind),
-		VmId:       r.VMID,
+		Id:         text(r.ID),
+		Kind:       text(string(r.Kind)),
+		VmId:       text(r.VMID),
 		VmName:     text(r.VMName),
 		State:      operationStates[r.State],
 		Progress:   progressProto(r.Progress),
@@ -82,7 +82,7 @@ func operationProto(r op.Record) *vmsnapv1.Operation {
 		Warnings:   each(r.Warnings, warningProto),
 		Error:      failureProto(r),
 		Partial:    r.Partial,
-		SnapshotId: r.Snapshot,
+		SnapshotId: text(r.Snapshot),
 		RequestId:  text(r.RequestID),
 		Uid:        r.UID,
 		Created:    stamp(r.Created),
@@ -93,7 +93,7 @@ func operationProto(r op.Record) *vmsnapv1.Operation {
 }
 
 func progressProto(p op.Progress) *vmsnapv1.Progress {
-	return &vmsnapv1.Progress{Done: p.Done, Total: p.Total, Unit: p.Unit, Rate: p.Rate, Eta: span(p.ETA)}
+	return &vmsnapv1.Progress{Done: p.Done, Total: p.Total, Unit: text(p.Unit), Rate: p.Rate, Eta: span(p.ETA)}
 }
 
 func stepProto(s op.Step) *vmsnapv1.Step {
@@ -108,7 +108,7 @@ func failureProto(r op.Record) *vmsnapv1.Error {
 		Code:        formOf(r.Failure.Kind).code,
 		Message:     text(r.Failure.Message),
 		Hint:        text(r.Failure.Hint),
-		OperationId: r.ID,
+		OperationId: text(r.ID),
 	}
 }
 
@@ -132,14 +132,14 @@ func planDiskProto(d agent.PlanDisk) *vmsnapv1.PlanDisk {
 		Directory:   text(d.Directory),
 		Free:        d.Free,
 		VirtualSize: d.VirtualSize,
-		Settle:      string(d.Settle),
+		Settle:      text(string(d.Settle)),
 	}
 }
 
 func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 	out := &vmsnapv1.Snapshot{
-		Id:          s.ID,
-		VmId:        s.VMID,
+		Id:          text(s.ID),
+		VmId:        text(s.VMID),
 		VmName:      text(s.VMName),
 		Name:        text(s.Name),
 		Description: text(s.Description),
@@ -153,7 +153,7 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 			FreezeWindow: span(s.Quiesce.Window),
 		},
 		Warnings:    each(s.Warnings, warningProto),
-		OperationId: s.Operation,
+		OperationId: text(s.Operation),
 		Partial:     s.Partial,
 	}
 	if len(s.Labels) > 0 {
@@ -166,9 +166,9 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		layer := s.Layers[d.LayerID]
 		out.Disks = append(out.Disks, &vmsnapv1.SnapshotDisk{
 			Device:      text(d.Device),
-			LayerId:     d.LayerID,
+			LayerId:     text(d.LayerID),
 			Path:        text(layer.Path),
-			Format:      layer.Format,
+			Format:      text(layer.Format),
 			VirtualSize: d.Size,
 			Excluded:    d.Excluded,
 			Allocated:   layer.Allocated,

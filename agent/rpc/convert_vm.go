@@ -20,7 +20,7 @@ var presences = map[agent.Presence]vmsnapv1.GuestAgent_Presence{
 
 func vmProto(v agent.VMView) *vmsnapv1.VM {
 	return &vmsnapv1.VM{
-		Id:       v.ID,
+		Id:       text(v.ID),
 		Name:     text(v.Name),
 		Uuid:     text(v.UUID),
 		State:    vmStates[v.State],
@@ -32,9 +32,9 @@ func vmProto(v agent.VMView) *vmsnapv1.VM {
 		},
 		Disks: each(v.Disks, diskProto),
 		Problems: each(v.Problems, func(p agent.Problem) *vmsnapv1.Problem {
-			return &vmsnapv1.Problem{Code: p.Code, Message: text(p.Message), Hint: text(p.Hint)}
+			return &vmsnapv1.Problem{Code: text(p.Code), Message: text(p.Message), Hint: text(p.Hint)}
 		}),
-		OperationId: v.Operation,
+		OperationId: text(v.Operation),
 		Freeze:      freezeProto(v.Freeze),
 		FirstSeen:   stamp(v.FirstSeen),
 		LastSeen:    stamp(v.LastSeen),
@@ -53,7 +53,7 @@ func processProto(p *agent.ProcessView) *vmsnapv1.Process {
 		Binary:      text(p.Binary),
 		Unit:        text(p.Unit),
 		Slice:       text(p.Slice),
-		CgroupMode:  p.CgroupMode,
+		CgroupMode:  text(p.CgroupMode),
 		QmpSocket:   text(p.QMPSocket),
 	}
 }
@@ -67,7 +67,7 @@ func freezeProto(f *agent.FreezeView) *vmsnapv1.Freeze {
 		Deadline:    stamp(f.Deadline),
 		Frozen:      int32(f.Frozen),
 		Total:       int32(f.Total),
-		OperationId: f.Operation,
+		OperationId: text(f.Operation),
 		Unresolved:  f.Unresolved,
 	}
 }
@@ -90,7 +90,7 @@ func diskProto(d agent.DiskView) *vmsnapv1.Disk {
 
 func layerProto(l agent.LayerView) *vmsnapv1.Layer {
 	return &vmsnapv1.Layer{
-		Id:          l.ID,
+		Id:          text(l.ID),
 		Path:        text(l.Path),
 		Format:      text(l.Format),
 		VirtualSize: l.VirtualSize,

@@ -63,7 +63,7 @@ func detailOf(err error) *vmsnapv1.Error {
 	}
 	var busy *op.BusyError
 	if errors.As(err, &busy) {
-		detail.OperationId = busy.Operation
+		detail.OperationId = text(busy.Operation)
 	}
 	return detail
 }

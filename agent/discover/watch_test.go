@@ -242,7 +242,9 @@ func TestWatchLeavesNothing(t *testing.T) {
 			}
 		}
 	}
-	if n := openFiles(t); n != fds {
+	// Other tests' garbage may be closed meanwhile; twenty watches that kept
+	// one file each would outweigh it.
+	if n := openFiles(t); n > fds {
 		t.Errorf("%d open files, were %d", n, fds)
 	}
 	// The channel is closed by the goroutine's last statement.

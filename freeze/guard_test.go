@@ -381,6 +381,7 @@ func TestGuardIsProtected(t *testing.T) {
 	if want := lowestScore(t); err != nil || strings.TrimSpace(string(score)) != want {
 		t.Errorf("oom_score_adj %q, error %v, want %s", score, err, want)
 	}
+	checkScope(t, g)
 	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE} {
 		if err := unix.Kill(pid, sig); err != nil {
 			t.Error(err)
@@ -391,6 +392,26 @@ func TestGuardIsProtected(t *testing.T) {
 		t.Errorf("thawed %+v, error %v after signals", thawed, err)
 	}
 	outcome(t, s, g)
+}
+
+// checkScope checks that systemd, if it runs, has moved the guard.
+func checkScope(t *testing.T, g *Guard) {
+	t.Helper()
+	scope, none := g.Scope()
+	groups, err := os.ReadFile("/proc/" + strconv.Itoa(g.Process().PID) + "/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		if scope != "" || none != errNoSystemd.Error() {
+			t.Errorf("scope %q, because %q, without systemd", scope, none)
+		}
+		return
+	}
+	want := "vmsnap-guard-" + g.LeaseID() + ".scope"
+	if scope != want || !strings.Contains(string(groups), "/"+want+"\n") {
+		t.Errorf("scope %q, because %q, control groups %s, want %s", scope, none, groups, want)
+	}
 }
 
 // lowestScore is what a process like the guard can get here: it takes

@@ -117,8 +117,11 @@ func (c *Catalog) openReaders(ctx context.Context) error {
 	return storeError(c.path, db.PingContext(ctx))
 }
 
-// Close waits for reads and writes under way and closes the catalog.
+// Close waits for the write under way and closes the catalog. What comes after
+// it fails.
 func (c *Catalog) Close() error {
+	c.turn <- struct{}{}
+	defer func() { <-c.turn }()
 	var errs []error
 	if c.read != nil {
 		errs = append(errs, c.read.Close())

@@ -319,3 +319,27 @@ func TestUpdateWaitsNoLongerThanItsContext(t *testing.T) {
 		return err
 	}))
 }
+
+func TestCloseWaitsForTheWriter(t *testing.T) {
+	ctx, dir := t.Context(), t.TempDir()
+	c, err := Open(ctx, dir, hclog.NewNullLogger())
+	check(t, err)
+	writing, written, closed := make(chan struct{}), make(chan error, 1), make(chan error, 1)
+	var vm VM
+	go func() {
+		written <- c.Update(ctx, func(tx *Tx) (err error) {
+			close(writing)
+			vm, err = tx.UpsertVM(ctx, VM{Name: "web", Identity: "name:web"})
+			return err
+		})
+	}()
+	<-writing
+	go func() { closed <- c.Close() }()
+	check(t, <-closed)
+	check(t, <-written)
+	if err := c.DeleteVM(ctx, vm.ID); err == nil {
+		t.Error("a write after Close succeeded")
+	}
+	_, err = openTest(t, dir).VM(ctx, vm.ID)
+	check(t, err)
+}

@@ -19,12 +19,20 @@ import (
 	"github.com/vmsnap/vmsnap/agent/fault"
 )
 
-// childDir names the state directory to a child that is to be killed.
-const childDir = "VMSNAP_CATALOG_TEST_CHILD"
+// childDir names the state directory to a child that is to be killed; childWork
+// is set when the child is to run an operation.
+const (
+	childDir  = "VMSNAP_CATALOG_TEST_CHILD"
+	childWork = "VMSNAP_CATALOG_TEST_OPERATION"
+)
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(childDir); dir != "" {
-		fmt.Println("error:", appendForEver(dir))
+		work := appendForEver
+		if os.Getenv(childWork) != "" {
+			work = runForEver
+		}
+		fmt.Println("error:", work(dir))
 		os.Exit(1)
 	}
 	os.Exit(m.Run())

@@ -22,7 +22,7 @@ func storeError(path string, err error) error {
 		return fault.New(fault.NoSpace, "catalog %s: no space is left: %w", path, err).
 			WithHint("make space on the file system that holds %s", path)
 	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:
-		return damaged(path, "%w", err)
+		return damaged(path, err)
 	case sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN:
 		return fault.New(fault.Denied, "catalog %s cannot be written: %w", path, err)
 	case sqlite3.SQLITE_BUSY:
@@ -34,7 +34,7 @@ func storeError(path string, err error) error {
 }
 
 // damaged returns the error for a database that cannot be trusted.
-func damaged(path, format string, args ...any) error {
-	return fault.New(fault.Failed, "catalog "+path+" is damaged: "+format, args...).
+func damaged(path string, found error) error {
+	return fault.New(fault.Failed, "catalog %s is damaged: %w", path, found).
 		WithHint("move it away and rebuild it from the manifests of the snapshots: vmsnap doctor --rebuild")
 }

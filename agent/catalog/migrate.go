@@ -126,7 +126,7 @@ func quickCheck(ctx context.Context, conn *sql.Conn, path string) error {
 		return err
 	}
 	if len(found) > 0 {
-		return damaged(path, "%s", strings.Join(found, "; "))
+		return damaged(path, errors.New(strings.Join(found, "; ")))
 	}
 	return nil
 }

@@ -209,8 +209,9 @@ func TestCancelRacesThePointOfNoReturn(t *testing.T) {
 	r := newTestRunner(&memStore{})
 	var cancelled, completed int
 	for round := 0; round < 500 || cancelled == 0 || completed == 0; round++ {
-		race, answer := make(chan struct{}), make(chan error)
+		ready, race, answer := make(chan struct{}), make(chan struct{}), make(chan error)
 		rec := mustStart(t, r, web, func(_ context.Context, o *Op) error {
+			close(ready)
 			<-race
 			return o.PointOfNoReturn()
 		})
@@ -219,6 +220,7 @@ func TestCancelRacesThePointOfNoReturn(t *testing.T) {
 			_, err := r.Cancel(t.Context(), rec.ID)
 			answer <- err
 		}()
+		<-ready
 		close(race)
 		err := <-answer
 		ended := wait(t, r, rec.ID)

@@ -166,6 +166,9 @@ func TestEndThatCannotBeRecorded(t *testing.T) {
 		if s := store.stored(t, rec.ID); s.State != Succeeded {
 			t.Errorf("the store has %s", s.State)
 		}
+		if r.live(rec.ID) != nil {
+			t.Error("it is kept in memory though the store has it")
+		}
 	})
 }
 

@@ -91,6 +91,11 @@ func TestReportsAfterTheEndAreDropped(t *testing.T) {
 		stray.Warn(Warning{Code: "late"})
 		_ = stray.Step(t.Context(), "late", func(context.Context) error { return nil })
 		time.Sleep(time.Minute)
+		writes := store.count("update")
+		stray.saveNow() // as a timer that was late would
+		if n := store.count("update"); n != writes {
+			t.Error("it was written after its end")
+		}
 		if now := stray.record(); now.Revision != ended.Revision || len(now.Steps)+len(now.Warnings) > 0 {
 			t.Errorf("it changed after its end: %+v", now)
 		}

@@ -141,37 +141,64 @@ func TestBusy(t *testing.T) {
 }
 
 func TestRequestIDUnderConcurrency(t *testing.T) {
-	r := newTestRunner(&memStore{})
-	spec := web
-	spec.RequestID = "key"
-	var runs atomic.Int32
-	release := make(chan struct{})
-	var wg sync.WaitGroup
-	ids := make([]string, 50)
-	for i := range ids {
-		wg.Go(func() {
-			rec, err := r.Start(t.Context(), spec, func(context.Context, *Op) error {
-				runs.Add(1)
-				<-release
-				return nil
+	synctest.Test(t, func(t *testing.T) {
+		r := newTestRunner(&memStore{before: func(int, string, Record) error {
+			time.Sleep(time.Millisecond) // let the others in
+			return nil
+		}})
+		spec := web
+		spec.RequestID = "key"
+		var runs atomic.Int32
+		release := make(chan struct{})
+		var wg sync.WaitGroup
+		ids := make([]string, 50)
+		for i := range ids {
+			wg.Go(func() {
+				rec, err := r.Start(t.Context(), spec, func(context.Context, *Op) error {
+					runs.Add(1)
+					<-release
+					return nil
+				})
+				if err != nil {
+					t.Error(err)
+				}
+				ids[i] = rec.ID
 			})
-			if err != nil {
-				t.Error(err)
-			}
-			ids[i] = rec.ID
-		})
-	}
-	wg.Wait()
-	close(release)
-	for _, id := range ids {
-		if id != ids[0] {
-			t.Fatalf("operations %s and %s for one request id", id, ids[0])
 		}
-	}
-	wait(t, r, ids[0])
-	if n := runs.Load(); n != 1 {
-		t.Errorf("the recipe ran %d times", n)
-	}
+		wg.Wait()
+		close(release)
+		for _, id := range ids {
+			if id != ids[0] {
+				t.Fatalf("operations %s and %s for one request id", id, ids[0])
+			}
+		}
+		wait(t, r, ids[0])
+		if n := runs.Load(); n != 1 {
+			t.Errorf("the recipe ran %d times", n)
+		}
+	})
+}
+
+func TestStartWaitsNoLongerThanItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hang := make(chan struct{})
+		r := newTestRunner(&memStore{before: func(_ int, method string, _ Record) error {
+			if method == "create" {
+				<-hang
+			}
+			return nil
+		}})
+		var wg sync.WaitGroup
+		wg.Go(func() { wait(t, r, mustStart(t, r, web, func(context.Context, *Op) error { return nil }).ID) })
+		synctest.Wait()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := r.Start(ctx, web, nil); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v, want the end of its context", err)
+		}
+		close(hang)
+		wg.Wait()
+	})
 }
 
 func TestRequestID(t *testing.T) {

@@ -60,9 +60,9 @@ type Config struct {
 	QEMU QEMU
 	Name string // unique if empty
 	UUID string // random if empty
-	// Dir holds everything of the guest: images, sockets, logs. Its path must
-	// leave room for the name of a socket (108 bytes in all). A new one with a
-	// short path is made if it is empty.
+	// Dir holds everything of the guest: images, sockets, logs. It is made if it
+	// is not there. Its path must leave room for the name of a socket (108 bytes
+	// in all). If it is empty, a new one with a short path is made.
 	Dir       string
 	Disks     []Disk // TwoDisks if nil; no disk if empty
 	MemoryMiB int    // DefaultMemoryMiB if 0
@@ -97,13 +97,6 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Disks == nil {
 		c.Disks = TwoDisks()
 	}
-	if c.Dir == "" {
-		dir, err := os.MkdirTemp("", "vm-")
-		if err != nil {
-			return c, err
-		}
-		c.Dir = dir
-	}
 	dir, err := filepath.Abs(c.Dir)
 	if err != nil {
 		return c, err
@@ -111,6 +104,9 @@ func (c Config) withDefaults() (Config, error) {
 	c.Dir = dir
 	if longest := filepath.Join(dir, heartbeatSocket); len(longest) > maxSocketPath {
 		return c, fmt.Errorf("%s is longer than %d bytes", longest, maxSocketPath)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return c, err
 	}
 	c.Disks = slices.Clone(c.Disks)
 	for i := range c.Disks {

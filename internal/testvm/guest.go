@@ -33,28 +33,46 @@ type Guest struct {
 }
 
 // Launch makes the images that are missing, starts a guest, and returns when it
-// has booted. The caller ends it with Kill. An error leaves no QEMU behind, and
-// tells what the guest's console said last.
+// has booted. The caller ends it with Kill, and removes its directory with
+// RemoveAll. An error leaves no QEMU behind, nor a directory that Launch chose,
+// and tells what the guest's console said last.
 func Launch(ctx context.Context, c Config) (*Guest, error) {
+	made := ""
+	if c.Dir == "" {
+		dir, err := os.MkdirTemp("", "vm-") // a short path, for the sockets
+		if err != nil {
+			return nil, fmt.Errorf("launch guest: %w", err)
+		}
+		c.Dir, made = dir, dir
+	}
+	g, err := launch(ctx, c)
+	if err != nil {
+		err = fmt.Errorf("launch guest: %w", err)
+		if made != "" {
+			err = errors.Join(err, RemoveAll(made))
+		}
+		return nil, err
+	}
+	return g, nil
+}
+
+func launch(ctx context.Context, c Config) (*Guest, error) {
 	c, err := c.withDefaults()
 	if err != nil {
-		return nil, fmt.Errorf("launch guest %s: %w", c.Name, err)
+		return nil, err
 	}
 	for _, d := range c.Disks {
 		if err := makeDisk(ctx, c.QEMU, d); err != nil {
-			return nil, fmt.Errorf("launch guest %s: disk %s: %w", c.Name, d.Name, err)
+			return nil, fmt.Errorf("disk %s of %s: %w", d.Name, c.Name, err)
 		}
 	}
 	if c.FreezeHook != "" {
 		if err := os.WriteFile(filepath.Join(c.Dir, hookName), []byte(c.FreezeHook), 0o600); err != nil {
-			return nil, fmt.Errorf("launch guest %s: %w", c.Name, err)
+			return nil, err
 		}
 	}
 	g := &Guest{Name: c.Name, UUID: c.UUID, Dir: c.Dir, config: c, args: commandLine(c)}
-	if err := g.start(ctx); err != nil {
-		return nil, fmt.Errorf("launch guest %s: %w", c.Name, err)
-	}
-	return g, nil
+	return g, g.start(ctx)
 }
 
 // start starts QEMU and returns when the guest has booted.
@@ -68,13 +86,13 @@ func (g *Guest) start(ctx context.Context) error {
 	conn, err := dial(ctx, p, g.path(controlSocket))
 	if err != nil {
 		p.kill()
-		return fmt.Errorf("connect to the guest: %w%s", err, g.logs())
+		return fmt.Errorf("connect to guest %s: %w%s", g.Name, err, g.logs())
 	}
 	c := newControl(conn)
 	if err := c.awaitBoots(ctx, 1); err != nil {
 		p.kill()
 		c.close()
-		return fmt.Errorf("wait for the guest to boot: %w%s", err, g.logs())
+		return fmt.Errorf("wait for guest %s to boot: %w%s", g.Name, err, g.logs())
 	}
 	g.mu.Lock()
 	g.process, g.control = p, c

@@ -1,9 +1,6 @@
 package testvm
 
-import (
-	"os"
-	"testing"
-)
+import "testing"
 
 // ForEachQEMU runs f as a parallel subtest, "qemu-7.2" and "qemu-10", for each
 // version of QEMU. Each waits for its turn before f begins.
@@ -38,19 +35,7 @@ func Start(t testing.TB, c Config) *Guest {
 		c.QEMU = versions[len(versions)-1]
 	}
 	takeSlot(t)
-	if c.Dir == "" {
-		// Shorter than t.TempDir, which names the test.
-		dir, err := os.MkdirTemp("", "vm-")
-		if err != nil {
-			t.Fatal(err)
-		}
-		c.Dir = dir
-		t.Cleanup(func() {
-			if err := RemoveAll(dir); err != nil {
-				t.Errorf("clean up: %v", err)
-			}
-		})
-	}
+	ours := c.Dir == ""
 	g, err := Launch(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
@@ -62,6 +47,12 @@ func Start(t testing.TB, c Config) *Guest {
 		g.Kill()
 		if err := killLeftovers(g.UUID); err != nil {
 			t.Errorf("guest %s: %v", g.Name, err)
+		}
+		if !ours {
+			return
+		}
+		if err := RemoveAll(g.Dir); err != nil {
+			t.Errorf("clean up: %v", err)
 		}
 	})
 	return g

@@ -14,8 +14,8 @@ import (
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 )
 
-// text makes any string fit for Protobuf, which refuses
-// to encode a whole message for one byte that is not UTF-8.
+// text makes any string fit for Protobuf, which refuses to encode a whole
+// message for one byte that is not UTF-8.
 func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 
 // each converts a list.

@@ -44,36 +44,7 @@ func TestResume(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				left := unfinished("0badcafe", tc.state, tc.why)
-				store := &memStore{ops: []Record{left}}
-				r := newTestRunner(store)
-				release := make(chan struct{})
-				if err := r.Resume(left, func(ctx context.Context, o *Op) error {
-					if o.ID() != left.ID {
-						t.Errorf("it runs as %s", o.ID())
-					}
-					<-release
-					if err := o.Step(ctx, "recover", func(context.Context) error { return nil }); err != nil {
-						t.Errorf("step: %v", err)
-					}
-					return tc.result
-				}); err != nil {
-					t.Fatal(err)
-				}
-				synctest.Wait()
-				rec, err := r.Cancel(t.Context(), left.ID)
-				wantKind(t, "cancel", err, fault.TooLate)
-				if rec.State != Running || rec.Failure != nil || store.stored(t, left.ID).State != Running {
-					t.Errorf("resumed as %s, %+v", rec.State, rec.Failure)
-				}
-				_, err = r.Start(t.Context(), web, nil)
-				wantKind(t, "start meanwhile", err, fault.Busy)
-				wantKind(t, "resume again", r.Resume(left, nil), fault.Usage)
-				other := left
-				other.ID = "00000001"
-				wantKind(t, "resume another one of the VM", r.Resume(other, nil), fault.Busy)
-				close(release)
-
-				ended := wait(t, r, left.ID)
+				ended := resumeAndEnd(t, left, tc.result)
 				wantEnd(t, ended, tc.want, tc.kind)
 				if s := ended.Steps; len(s) != 3 || s[0].Error != "" || s[1].Error != "interrupted" || s[1].Ended.IsZero() {
 					t.Errorf("steps %+v", s)
@@ -81,10 +52,45 @@ func TestResume(t *testing.T) {
 				if !ended.Started.Equal(left.Started) || ended.Revision <= left.Revision {
 					t.Errorf("started %v, revision %d", ended.Started, ended.Revision)
 				}
-				wantKind(t, "resume an ended one", r.Resume(ended, nil), fault.Usage)
 			})
 		})
 	}
+}
+
+// resumeAndEnd resumes an operation with a recovery that returns result.
+func resumeAndEnd(t *testing.T, left Record, result error) Record {
+	t.Helper()
+	store := &memStore{ops: []Record{left}}
+	r := newTestRunner(store)
+	release := make(chan struct{})
+	if err := r.Resume(left, func(ctx context.Context, o *Op) error {
+		if o.ID() != left.ID {
+			t.Errorf("it runs as %s", o.ID())
+		}
+		<-release
+		if err := o.Step(ctx, "recover", func(context.Context) error { return nil }); err != nil {
+			t.Errorf("step: %v", err)
+		}
+		return result
+	}); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Wait()
+	rec, err := r.Cancel(t.Context(), left.ID)
+	wantKind(t, "cancel", err, fault.TooLate)
+	if rec.State != Running || rec.Failure != nil || store.stored(t, left.ID).State != Running {
+		t.Errorf("resumed as %s, %+v", rec.State, rec.Failure)
+	}
+	_, err = r.Start(t.Context(), web, nil)
+	wantKind(t, "start meanwhile", err, fault.Busy)
+	wantKind(t, "resume again", r.Resume(left, nil), fault.Usage)
+	other := left
+	other.ID = "00000001"
+	wantKind(t, "resume another one of the VM", r.Resume(other, nil), fault.Busy)
+	close(release)
+	ended := wait(t, r, left.ID)
+	wantKind(t, "resume an ended one", r.Resume(ended, nil), fault.Usage)
+	return ended
 }
 
 func TestResumeRunsEvenWhenTheStoreFails(t *testing.T) {

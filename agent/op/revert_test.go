@@ -106,14 +106,13 @@ func TestPanic(t *testing.T) {
 		rec := mustStart(t, r, web, func(ctx context.Context, o *Op) error {
 			o.Revert("put it back", func(context.Context) error { reverted = true; return nil })
 			return o.Step(ctx, "cut", func(context.Context) error {
-				var none map[string]int
-				none["x"]++
-				return nil
+				var none *Record
+				return errors.New(none.ID)
 			})
 		})
 		ended := wait(t, r, rec.ID)
 		wantEnd(t, ended, Failed, fault.Failed)
-		if want := "internal error: assignment to entry in nil map"; ended.Failure.Message != want {
+		if want := "internal error: runtime error: invalid memory address or nil pointer dereference"; ended.Failure.Message != want {
 			t.Errorf("%q, want %q", ended.Failure.Message, want)
 		}
 		if !reverted {

@@ -24,29 +24,7 @@ func TestLife(t *testing.T) {
 		store := &memStore{}
 		r := newTestRunner(store)
 		var entries []Entry
-		rec := mustStart(t, r, web, func(ctx context.Context, o *Op) error {
-			if s := store.stored(t, o.ID()); s.State != Running || s.Started.IsZero() {
-				t.Errorf("the recipe runs while the store has %s", s.State)
-			}
-			if holder, ok := r.Running("vm1"); !ok || holder != o.ID() {
-				t.Errorf("the VM is held by %q", holder)
-			}
-			o.Plan(2)
-			o.SetSnapshot("5a5a5a5a")
-			o.Warn(Warning{Code: "disk-excluded", Disk: "disk1", Message: "left out"})
-			o.SetPartial()
-			if err := o.Step(ctx, "freeze", func(context.Context) error {
-				time.Sleep(40 * time.Millisecond)
-				return o.Journal(ctx, "freeze", map[string]int{"pid": 7})
-			}); err != nil {
-				return err
-			}
-			if p := o.record().Progress; p != (Progress{Done: 1, Total: 2, Unit: "steps"}) {
-				t.Errorf("progress %+v", p)
-			}
-			entries, _ = store.Journal(ctx, o.ID())
-			return o.Step(ctx, "cut", func(context.Context) error { return nil })
-		})
+		rec := mustStart(t, r, web, snapshotLike(t, r, store, &entries))
 		if rec.State != Queued || len(rec.ID) != 8 || rec.Created.IsZero() {
 			t.Errorf("started %+v", rec)
 		}
@@ -87,6 +65,34 @@ func TestLife(t *testing.T) {
 			t.Error("the VM is still held")
 		}
 	})
+}
+
+// snapshotLike is a recipe that tells of everything there is to tell. It returns
+// its journal in entries.
+func snapshotLike(t *testing.T, r *Runner, store *memStore, entries *[]Entry) Recipe {
+	return func(ctx context.Context, o *Op) error {
+		if s := store.stored(t, o.ID()); s.State != Running || s.Started.IsZero() {
+			t.Errorf("the recipe runs while the store has %s", s.State)
+		}
+		if holder, ok := r.Running("vm1"); !ok || holder != o.ID() {
+			t.Errorf("the VM is held by %q", holder)
+		}
+		o.Plan(2)
+		o.SetSnapshot("5a5a5a5a")
+		o.Warn(Warning{Code: "disk-excluded", Disk: "disk1", Message: "left out"})
+		o.SetPartial()
+		if err := o.Step(ctx, "freeze", func(context.Context) error {
+			time.Sleep(40 * time.Millisecond)
+			return o.Journal(ctx, "freeze", map[string]int{"pid": 7})
+		}); err != nil {
+			return err
+		}
+		if p := o.record().Progress; p != (Progress{Done: 1, Total: 2, Unit: "steps"}) {
+			t.Errorf("progress %+v", p)
+		}
+		*entries, _ = store.Journal(ctx, o.ID())
+		return o.Step(ctx, "cut", func(context.Context) error { return nil })
+	}
 }
 
 func TestRecipeOutlivesTheCaller(t *testing.T) {

@@ -155,7 +155,10 @@ func TestWatchEnds(t *testing.T) {
 		if last, err := r.Wait(ctx, rec.ID); !errors.Is(err, gone) || last.State != Running {
 			t.Errorf("wait: %+v, %v", last, err)
 		}
-		for range r.Watch(t.Context(), rec.ID) {
+		for _, err := range r.Watch(t.Context(), rec.ID) {
+			if err != nil {
+				t.Error(err)
+			}
 			break // a reader may stop at any time
 		}
 		close(release)

@@ -57,4 +57,4 @@ install_missing "${packages[@]}"
 stamped fetch hack/fetch.sh
 install_missing $(cat "$VMSNAP_CACHE/libraries")
 stamped guest hack/guest.sh "$VMSNAP_CACHE/fetch.stamp" \
-    internal/testvm/guest/*.go internal/testvm/wire/*.go
+    $(find internal/testvm/guest internal/testvm/wire -name '*.go' ! -name '*_test.go' | sort)

@@ -46,6 +46,17 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
+// logFile is where the daemon logs to.
+type logFile string
+
+func (f logFile) String() string {
+	b, err := os.ReadFile(string(f))
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
+}
+
 // host is a daemon with its guests.
 type host struct {
 	t       *testing.T
@@ -53,7 +64,7 @@ type host struct {
 	socket  string
 	metrics string
 	daemon  *exec.Cmd
-	log     *bytes.Buffer
+	log     logFile
 	exited  chan struct{}
 	*client.Client
 }
@@ -83,6 +94,7 @@ func newHostOf(t *testing.T, uuids map[string]string) *host {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(sockets) })
 	h.socket = filepath.Join(sockets, "vmsnapd.sock")
+	h.log = logFile(h.path("log"))
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -116,10 +128,14 @@ func (h *host) list(name, uuid string) {
 // start starts the daemon and waits until it answers.
 func (h *host) start() {
 	h.t.Helper()
-	h.log = new(bytes.Buffer)
+	log, err := os.OpenFile(string(h.log), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer func() { _ = log.Close() }()
 	h.daemon = exec.Command(filepath.Join(binaries, "vmsnapd"), "--config", "/dev/null", "--state-dir", h.path("state"), "--run-dir", h.dir,
 		"--socket", h.socket, "--metrics-listen", h.metrics, "--vms-dir", h.path("vms.d"), "--listed-only", "--log-level", "debug")
-	h.daemon.Stderr = h.log
+	h.daemon.Stderr = log // a file: a pipe would keep Wait back
 	h.daemon.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := h.daemon.Start(); err != nil {
 		h.t.Fatal(err)

@@ -28,6 +28,9 @@ const (
 	guardGrace = 3 * time.Second
 	// closeTimeout bounds Close: a thaw, its verification and the grace.
 	closeTimeout = 2*statusTimeout + thawTimeout + guardGrace
+	// overdue is how long after the lease's end a guard must have told that the
+	// freeze is over, or is unresolved: one attempt, and the grace.
+	overdue = firstPatience + thawTimeout + statusTimeout + guardGrace
 	// sendTimeout: the agent's end of the pipe may be stopped, and nothing
 	// that the guard tells it is worth waiting for.
 	sendTimeout = 200 * time.Millisecond

@@ -320,15 +320,12 @@ func (g *realGuest) abandon(t *testing.T, guard unix.Signal) {
 	if err != nil || len(leases) != 1 {
 		t.Fatalf("leases %+v, error %v", leases, err)
 	}
-	pid := leases[0].Guard.PID
-	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	stop(t, leases[0].Guard)
 	agent.signal(t, unix.SIGKILL)
 	if err := agent.Wait(); err == nil {
 		t.Fatal("the agent was not killed")
 	}
-	if err := unix.Kill(pid, guard); err != nil {
+	if err := unix.Kill(leases[0].Guard.PID, guard); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -84,6 +84,7 @@ func (g *Guard) freeze(ctx context.Context) (Frozen, error) {
 	defer hung.Stop()
 	select {
 	case r := <-g.frozen:
+		time.AfterFunc(g.Request.Lease+overdue, g.endIfHung)
 		return frozenIn(r)
 	case <-g.done:
 		return g.died()

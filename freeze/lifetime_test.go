@@ -280,3 +280,20 @@ func TestGuardLost(t *testing.T) {
 	}
 	checkThawed(t, s, g.cfg.Dir)
 }
+
+// A guard that is stopped cannot thaw at its lease's end. The agent sees that it
+// is overdue, without having asked it for anything.
+func TestGuardStopped(t *testing.T) {
+	t.Parallel() // the guard is given its time
+	s := qgatest.New(t)
+	r := request(t, s)
+	r.Lease = 2 * time.Second
+	g := startGuard(t, s, r)
+	if _, err := g.Freeze(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	stop(t, g.Process())
+	if got := outcome(t, s, g); got.End != ByRecovery {
+		t.Errorf("outcome %+v", got)
+	}
+}

@@ -7,6 +7,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -175,5 +178,31 @@ func checkThawed(t *testing.T, s *qgatest.Server, dir string) {
 	}
 	if leases, err := Leases(dir); err != nil || len(leases) > 0 {
 		t.Errorf("leases %+v, error %v, want none", leases, err)
+	}
+}
+
+// stop stops a process, and returns when none of its threads runs.
+func stop(t *testing.T, p Process) {
+	t.Helper()
+	if err := unix.Kill(p.PID, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for ctx := within(t); ; {
+		threads, err := filepath.Glob("/proc/" + strconv.Itoa(p.PID) + "/task/*/stat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		running := slices.ContainsFunc(threads, func(path string) bool {
+			b, err := os.ReadFile(path)
+			return err == nil && !strings.Contains(string(b), ") T ")
+		})
+		if !running {
+			return
+		}
+		select {
+		case <-time.After(time.Millisecond): // only a parent gets an event
+		case <-ctx.Done():
+			t.Fatalf("process %d does not stop", p.PID)
+		}
 	}
 }

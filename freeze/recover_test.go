@@ -23,9 +23,7 @@ func abandon(t *testing.T, s *qgatest.Server, r Request, guard unix.Signal) (dir
 	if err != nil || len(leases) != 1 {
 		t.Fatalf("leases %+v, error %v", leases, err)
 	}
-	if err := unix.Kill(leases[0].Guard.PID, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	stop(t, leases[0].Guard)
 	agent.signal(t, unix.SIGKILL)
 	if err := agent.Wait(); err == nil {
 		t.Fatal("the agent was not killed")

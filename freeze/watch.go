@@ -57,6 +57,17 @@ func (g *Guard) alarm(cause *remoteError) {
 	close(g.unresolved)
 }
 
+// endIfHung is called when the lease is long over. A guard that has told
+// nothing of it is stopped or hung, and another one has to thaw.
+func (g *Guard) endIfHung() {
+	select {
+	case <-g.done:
+	case <-g.unresolved:
+	default:
+		g.kill()
+	}
+}
+
 // kill ends a guard that is hung. listen notices and puts another in its place.
 func (g *Guard) kill() {
 	g.log.Error("guard does not answer and is killed", "guard", g.process.PID)

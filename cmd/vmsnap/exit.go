@@ -41,7 +41,7 @@ func (a *app) exit(err error) int {
 		return 0
 	}
 	code, message, hint := explain(err)
-	if a.asked.Err() != nil && errors.Is(err, context.Canceled) {
+	if _, own := errors.AsType[*exitError](err); !own && a.asked.Err() != nil && errors.Is(err, context.Canceled) {
 		code, message, hint = vmsnapv1.ErrorCode_ERROR_CODE_CANCELLED, "interrupted", ""
 	}
 	a.complain("vmsnap: %s", message)

@@ -200,7 +200,15 @@ func (b *bar) text() string {
 			parts = append(parts, "about "+brief(p.GetEta().AsDuration())+" left")
 		}
 	}
-	return strings.Join(append(parts, took(b.last, b.now())), " ")
+	return strings.Join(append(parts, b.clock()), " ")
+}
+
+// clock returns how long the operation has run, no finer than it is redrawn.
+func (b *bar) clock() string {
+	if b.last.GetStarted() == nil {
+		return ""
+	}
+	return brief(max(b.now().Sub(b.last.GetStarted().AsTime()), 0).Truncate(redrawEvery))
 }
 
 // gauge draws how much of a total is done.

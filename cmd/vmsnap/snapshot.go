@@ -22,7 +22,7 @@ func (a *app) snapshot() *cobra.Command {
 
 func (a *app) snapshotList() *cobra.Command {
 	var labels []string
-	var order sortOrder = sortTime
+	order := sortTime
 	cmd := &cobra.Command{
 		Use:   "list [VM]",
 		Short: "List the snapshots of one VM or of all, the newest first",

@@ -239,7 +239,7 @@ func (b *Backend) Operations(_ context.Context, filter agent.OperationFilter) ([
 	defer b.mu.Unlock()
 	var out []op.Record
 	for _, r := range slices.Backward(b.operations) {
-		if (filter.VM == "" || filter.VM == r.VMName) && !(filter.Active && r.State.Final()) {
+		if (filter.VM == "" || filter.VM == r.VMName) && (!filter.Active || !r.State.Final()) {
 			out = append(out, r)
 		}
 	}

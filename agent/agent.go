@@ -19,7 +19,8 @@ import (
 type Config struct {
 	StateDir     string        // of the catalog; created 0700
 	OverridesDir string        // YAML files that name VMs or override what was found; may be absent
-	Freezing     freeze.Config // how guards are started
+	Freezing     freeze.Config // how the guards of freezes are started
+	LaunchGuard  []string      // command that runs GuardLaunchPaths
 	ScanOnly     bool          // find VMs without process events
 	ListedOnly   bool          // manage only VMs that a file in OverridesDir names
 	Logger       hclog.Logger

@@ -58,6 +58,11 @@ func (c *cut) settle(ctx context.Context) error {
 			c.warn(warnNoImmutable, d.Device, err.Error())
 		}
 	}
+	if c.launch != nil {
+		if err := c.launch.release(); err != nil {
+			c.o.Logger().Warn("launch guard", "error", err) // the launch paths are right by now
+		}
+	}
 	return nil
 }
 

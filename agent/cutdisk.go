@@ -95,13 +95,19 @@ func (c *cutDisk) makeNames() error {
 	return c.dir.Sync()
 }
 
-// removeNames takes back what makeNames made.
-func (c *cutDisk) removeNames() error {
-	errs := []error{c.dir.Remove(c.Overlay)}
-	if c.NewName {
-		errs = append(errs, c.dir.Remove(c.Base))
+// removeNames takes back what makeNames made. It opens the directory anew,
+// since reverts run when the recipe has returned and closed its own.
+func (c *cutDisk) removeNames() (err error) {
+	dir, err := blockdev.OpenDir(c.Dir, c.Prefix)
+	if err != nil {
+		return err
 	}
-	return errors.Join(append(errs, c.dir.Sync())...)
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	errs := []error{dir.Remove(c.Overlay)}
+	if c.NewName {
+		errs = append(errs, dir.Remove(c.Base))
+	}
+	return errors.Join(append(errs, dir.Sync())...)
 }
 
 // pointLaunch makes the launch path name the overlay, unless its declared
@@ -111,6 +117,15 @@ func (c *cutDisk) pointLaunch() error {
 		return nil
 	}
 	return c.dir.PointAt(c.Launch, c.Overlay)
+}
+
+// coverLaunch makes a start by the launch path safe right after the cut: it
+// names the overlay, or it cannot be opened for writing any more.
+func (c *cutDisk) coverLaunch() error {
+	if c.Settle == SettleLive {
+		return c.pointLaunch()
+	}
+	return c.dir.SetImmutable(c.Base, true)
 }
 
 // reopenBacking takes the launch path's name out of QEMU. It is not needed

@@ -104,7 +104,11 @@ func uncuttable(d *liveDisk) string {
 // recognise matches the disk with the catalog by its layer tree: the file that
 // is written to must be the active layer of a known disk, or of none.
 func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error {
-	info, err := blockdev.StatPath(r.proc.Root + d.path)
+	file, err := r.proc.HostPath(d.path)
+	if err != nil {
+		return fmt.Errorf("its file cannot be found: %w", err)
+	}
+	info, err := blockdev.StatPath(file)
 	if err != nil {
 		return fmt.Errorf("its file cannot be examined: %w", err)
 	}

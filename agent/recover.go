@@ -109,7 +109,7 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	if !sent {
 		return errors.Join(o.Step(ctx, "take back", c.takeBack), interrupted)
 	}
-	if happened, err := c.happened(ctx); err != nil {
+	if happened, err := c.happened(ctx, last); err != nil {
 		return err
 	} else if !happened {
 		return errors.Join(o.Step(ctx, "take back", c.takeBack), interrupted)
@@ -205,13 +205,13 @@ func (c *cut) findProcess(ctx context.Context, p prepared) error {
 }
 
 // happened says whether a transaction that may have been sent took place.
-func (c *cut) happened(ctx context.Context) (bool, error) {
-	if c.run == nil {
-		return c.happenedBeforeEnd()
-	}
-	g, err := blockdev.ReadGraph(ctx, c.session)
+func (c *cut) happened(ctx context.Context, p prepared) (bool, error) {
+	g, err := c.askGraph(ctx, p)
 	if err != nil {
 		return false, err
+	}
+	if c.run == nil {
+		return c.happenedBeforeEnd()
 	}
 	if !c.inUse(g) {
 		return false, nil
@@ -224,6 +224,28 @@ func (c *cut) happened(ctx context.Context) (bool, error) {
 		d.base = blockdev.Layer{Node: b, File: g.Nodes[b.Child("file")], Filename: b.Filename}
 	}
 	return true, nil
+}
+
+// askGraph asks QEMU for its block graph until it answers or is gone. An answer
+// that does not come is no answer.
+func (c *cut) askGraph(ctx context.Context, p prepared) (*blockdev.Graph, error) {
+	for c.run != nil {
+		g, err := blockdev.ReadGraph(ctx, c.session)
+		if err == nil || ctx.Err() != nil {
+			return g, err
+		}
+		c.o.Logger().Warn("QEMU does not tell its block graph", "error", err)
+		c.run, c.session = nil, nil
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(askAgain):
+		}
+		if err := c.findProcess(ctx, p); err != nil {
+			return nil, err
+		}
+	}
+	return nil, nil
 }
 
 // happenedBeforeEnd decides for a QEMU that is gone. Overlays are adopted: an

@@ -157,7 +157,8 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 	defer sub.Close()
 	unhook := context.AfterFunc(ctx, func() { _ = s.Close() }) // which ends the loop below
 	defer unhook()
-	if err := a.learn(ctx, v, r, s); err != nil {
+	registered, err := a.learn(ctx, v, r, s)
+	if err != nil {
 		a.log.Warn("a VM's monitor does not tell what is needed", "vm", v.name(), "socket", socket, "error", err)
 		r.setProblem(&Problem{"monitor-unresponsive", err.Error(), "check whether QEMU is stopped or hung"})
 		return
@@ -166,6 +167,13 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 	r.session, r.socket, r.problem = s, socket, nil
 	r.mu.Unlock()
 	r.once.Do(func() { close(r.first) })
+	if !registered {
+		a.group.Go(func() { // once the operation has ended
+			v.changing.RLock()
+			v.changing.RUnlock() //nolint:staticcheck // only its end is awaited
+			a.lookAgain(ctx, v)
+		})
+	}
 	for e := range sub.C {
 		r.mu.Lock()
 		r.event(e)
@@ -176,7 +184,7 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 				a.log.Debug("run state unknown", "vm", v.name(), "error", err)
 			}
 		case "DEVICE_DELETED":
-			if err := a.refreshDisks(ctx, v, r, s); err != nil {
+			if _, err := a.refreshDisks(ctx, v, r, s); err != nil {
 				a.log.Debug("disks unknown", "vm", v.name(), "error", err)
 			}
 		}
@@ -218,17 +226,17 @@ func (r *run) event(e monitor.Event) {
 	}
 }
 
-// learn asks QEMU everything that is kept of it.
-func (a *Agent) learn(ctx context.Context, v *vm, r *run, s *monitor.Session) error {
+// learn asks QEMU everything that is kept of it. registered is refreshDisks'.
+func (a *Agent) learn(ctx context.Context, v *vm, r *run, s *monitor.Session) (registered bool, err error) {
 	ver := s.Version()
 	r.mu.Lock()
 	r.version = fmt.Sprintf("%d.%d.%d", ver.QEMU.Major, ver.QEMU.Minor, ver.QEMU.Micro)
 	r.mu.Unlock()
 	if err := r.refreshStatus(ctx, s); err != nil {
-		return err
+		return false, err
 	}
 	if err := r.refreshPresence(ctx, s); err != nil {
-		return err
+		return false, err
 	}
 	return a.refreshDisks(ctx, v, r, s)
 }
@@ -285,27 +293,29 @@ func (a *Agent) lookAgain(ctx context.Context, v *vm) {
 	}
 	s, err := v.monitorOf(r)
 	if err == nil {
-		err = a.refreshDisks(ctx, v, r, s)
+		_, err = a.refreshDisks(ctx, v, r, s)
 	}
 	if err != nil {
 		a.log.Debug("disks unknown", "vm", v.name(), "error", err)
 	}
 }
 
-func (a *Agent) refreshDisks(ctx context.Context, v *vm, r *run, s *monitor.Session) error {
-	register := v.changing.TryRLock()
-	if register {
+// refreshDisks reads the block graph. registered is false when an operation is
+// changing the VM's layers, so that disks seen for the first time had to wait.
+func (a *Agent) refreshDisks(ctx context.Context, v *vm, r *run, s *monitor.Session) (registered bool, err error) {
+	registered = v.changing.TryRLock()
+	if registered {
 		defer v.changing.RUnlock()
 	}
 	g, err := blockdev.ReadGraph(ctx, s)
 	if err != nil {
-		return err
+		return registered, err
 	}
-	disks := a.liveDisks(ctx, v, r, g, register)
+	disks := a.liveDisks(ctx, v, r, g, registered)
 	r.mu.Lock()
 	r.disks = disks
 	r.mu.Unlock()
-	return nil
+	return registered, nil
 }
 
 // monitorOf returns the session to a running VM's QEMU, after checking that

@@ -103,7 +103,7 @@ func (a *Agent) convert(ctx context.Context, o *op.Op, d catalog.Disk) (err erro
 	if err := o.Journal(ctx, entryConvert, c); err != nil {
 		return err
 	}
-	o.Revert("remove "+c.Name, func(context.Context) error { return dir.Remove(c.Name) })
+	o.Revert("remove "+c.Name, func(context.Context) error { return c.remove() })
 	if err := dir.CreateFile(c.Name, active.Path); err != nil {
 		return err
 	}
@@ -121,6 +121,17 @@ func (a *Agent) convert(ctx context.Context, o *op.Op, d catalog.Disk) (err erro
 	}
 	o.DropReverts() // from here on the launch path may name the new file
 	return a.finishConversion(context.WithoutCancel(ctx), dir, c)
+}
+
+// remove takes back the converted file. It opens the directory anew, since
+// reverts run when the recipe has returned and closed its own.
+func (c conversion) remove() (err error) {
+	dir, err := blockdev.OpenDir(c.Dir, "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	return dir.Remove(c.Name)
 }
 
 // finishConversion points the launch path at the converted file, makes that

@@ -80,6 +80,7 @@ type cut struct {
 	offline  bool // stopped by a shutdown that was witnessed
 	quiesce  catalog.Quiesce
 	guard    *freeze.Guard // nil when nothing is frozen
+	launch   *launchGuard  // from before the transaction until the launch paths are right
 	frozen   freeze.Frozen
 	cutAt    time.Time
 }
@@ -159,6 +160,10 @@ func (c *cut) build(ctx context.Context) (err error) {
 	if c.disks = built; len(built) == 0 {
 		return fault.New(fault.Failed, "VM %s: every disk dropped out", c.vm.name())
 	}
+	if c.launch, err = startLaunchGuard(ctx, c.cfg.LaunchGuard, c.disks); err != nil {
+		return err
+	}
+	c.o.Revert("release the launch guard", func(context.Context) error { return c.launch.release() })
 	return nil
 }
 
@@ -248,7 +253,8 @@ func (c *cut) announce(ctx context.Context) error {
 // transact sends the transaction. It is the only thing between freeze and
 // thaw, but for pointing the launch paths: a frozen guest writes nothing, so
 // whatever dies before the thaw, a launch path never names a layer that lacks
-// something the guest was told is on disk.
+// something the guest was told is on disk. For a guest that is not frozen the
+// launch guard closes the gap.
 func (c *cut) transact(ctx context.Context) error {
 	if c.guard == nil {
 		if err := c.announce(ctx); err != nil {
@@ -279,7 +285,7 @@ func (c *cut) transact(ctx context.Context) error {
 	}
 	c.o.DropReverts()
 	for _, d := range c.disks {
-		if err := d.pointLaunch(); err != nil {
+		if err := d.coverLaunch(); err != nil {
 			c.warn(warnNotSettled, d.Device, err.Error()) // settle tries again, and fails
 		}
 	}

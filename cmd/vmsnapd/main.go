@@ -60,7 +60,7 @@ no configuration. vmsnap is its command line.`,
 	}
 	root.PersistentFlags().StringVar(&file, "config", defaultConfigFile, "configuration `file`")
 	c.flags(root.PersistentFlags())
-	root.AddCommand(guardCommand(code), thawCommand(&c, &file))
+	root.AddCommand(guardCommand(code), launchGuardCommand(), thawCommand(&c, &file))
 	return root
 }
 
@@ -72,6 +72,18 @@ func guardCommand(code *int) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			*code = freeze.Main(cmd.Context(), hclog.LoggerOptions{Name: "vmsnapd.guard", Level: hclog.Info})
 			return nil
+		},
+	}
+}
+
+// launchGuardCommand is the process that makes the launch paths right when the
+// daemon dies in the middle of a cut. Only the daemon starts it.
+func launchGuardCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "launch-guard", Hidden: true, Args: cobra.NoArgs,
+		Short: "Make the launch paths right when the daemon dies in a cut (started by vmsnapd)",
+		RunE: func(*cobra.Command, []string) error {
+			return agent.GuardLaunchPaths(os.Stdin, os.Stdout)
 		},
 	}
 }
@@ -131,7 +143,7 @@ func serve(ctx context.Context, c config) error {
 	}
 	m := metrics.New(version)
 	a, err := agent.Open(ctx, agent.Config{
-		StateDir: c.StateDir, OverridesDir: c.VMsDir, Freezing: guards, ScanOnly: c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
+		StateDir: c.StateDir, OverridesDir: c.VMsDir, Freezing: guards, LaunchGuard: []string{guards.Executable[0], "launch-guard"}, ScanOnly: c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
 		OnOperation: m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow,
 	})
 	if err != nil {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -154,11 +153,19 @@ func (s *still) holds(value int, when string) {
 // imageHolds verifies that a layer, with all below it, holds a value.
 func (s *still) imageHolds(d snapshotDisk, value int, when string) {
 	s.t.Helper()
-	args := []string{"-U", "-r", "-f", d.Format, "-c", fmt.Sprintf("read -P %d 0 64k", value), d.Path}
-	out, err := exec.Command(filepath.Join(filepath.Dir(s.q.Img), "qemu-io"), args...).CombinedOutput()
-	if err != nil || strings.Contains(string(out), "verification failed") {
-		s.t.Errorf("%s: layer %s does not hold %d: %v\n%s", when, d.Path, value, err, out)
+	if err := s.reads(d, value); err != nil {
+		s.t.Errorf("%s: %v", when, err)
 	}
+}
+
+// reads fails unless a layer, with all below it, holds a value.
+func (s *still) reads(d snapshotDisk, value int) error {
+	args := []string{"-U", "-r", "-f", d.Format, "-c", fmt.Sprintf("read -P %d 0 64k", value), d.Path}
+	out, err := exec.Command(s.q.Tool("qemu-io"), args...).CombinedOutput()
+	if err != nil || strings.Contains(string(out), "verification failed") {
+		return fmt.Errorf("layer %s does not hold %d: %v\n%s", d.Path, value, err, out)
+	}
+	return nil
 }
 
 // check verifies all qcow2 files of the VM.

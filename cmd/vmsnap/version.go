@@ -3,24 +3,12 @@ package main
 import (
 	"context"
 	"runtime"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 )
 
-// version is set when a release is built.
-var version string
-
-// ownVersion returns the version of this command.
-func ownVersion() string {
-	if version != "" {
-		return version
-	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "(devel)"
-}
+// version is set by the build.
+var version = "devel"
 
 func (a *app) version() *cobra.Command {
 	return &cobra.Command{
@@ -39,12 +27,12 @@ func (a *app) version() *cobra.Command {
 			}
 			return a.print(result{
 				document: object{
-					{"vmsnap", object{{"version", ownVersion()}, {"go", runtime.Version()}}},
+					{"vmsnap", object{{"version", version}, {"go", runtime.Version()}}},
 					{"vmsnapd", object{{"version", daemon}, {"socket", a.socket}, {"error", reason}}},
 				},
-				names: []string{ownVersion()},
+				names: []string{version},
 				human: func(p page, _ bool) error {
-					p.line("vmsnap %s, %s", ownVersion(), runtime.Version())
+					p.line("vmsnap %s, %s", version, runtime.Version())
 					if reason != "" {
 						p.line("vmsnapd: %s", reason)
 						return nil

@@ -10,6 +10,7 @@ export CGO_ENABLED := 0
 
 GOTOOL := go tool -modfile=tools/go.mod
 FUZZTIME ?= 10s
+TORTUREROUNDS ?= 200
 # Real guests take memory and cores, so few packages run at a time; testvm
 # itself limits how many guests run beside each other.
 TESTFLAGS ?= -p 2 -parallel 4 -timeout 30m
@@ -54,5 +55,5 @@ bench: deps build ## measure vmsnap against its rivals on the same guest
 	go run ./bench
 
 .PHONY: torture
-torture: deps ## kill, starve and race the agent for up to an hour
-	CGO_ENABLED=1 go test -race -run Torture -count=1 -timeout 60m ./agent/...
+torture: deps ## kill the agent and QEMU at TORTUREROUNDS random moments (default 200)
+	CGO_ENABLED=1 go test -race -v -run Torture -count=1 -timeout 60m ./internal/e2e -args -torture.rounds=$(TORTUREROUNDS)

@@ -66,9 +66,15 @@ func (c *cut) settle(ctx context.Context) error {
 	return nil
 }
 
-// protect makes the covered layer immutable, or at least read-only.
+// protect makes the covered layer immutable, or at least read-only, unless
+// somebody writes to it: then the flag would fail a guest's writes.
 func (d *cutDisk) protect() error {
-	err := d.dir.SetImmutable(d.Base, true)
+	base, err := blockdev.LockNoWriters(d.Prefix + d.dir.Path(d.Base))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = base.Close() }()
+	err = d.dir.SetImmutable(d.Base, true)
 	d.immutable = err == nil
 	if errors.Is(err, blockdev.ErrNoImmutable) {
 		return errors.Join(err, d.dir.Root().Chmod(d.Base, 0o444))

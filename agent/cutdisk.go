@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
@@ -95,14 +96,38 @@ func (c *cutDisk) makeNames() error {
 	return c.dir.Sync()
 }
 
-// removeNames takes back what makeNames made. It opens the directory anew,
-// since reverts run when the recipe has returned and closed its own.
+// removeNames takes back what makeNames made, and what the launch guard did. It
+// opens the directory anew, since reverts run when the recipe has returned and
+// closed its own.
+//
+// The launch path and the base's permanent name may be the only names of the
+// VM's data: neither goes before the other is seen to lead there.
 func (c *cutDisk) removeNames() (err error) {
 	dir, err := blockdev.OpenDir(c.Dir, c.Prefix)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
+	base, err := dir.Stat(c.Base)
+	if c.NewName && errors.Is(err, fs.ErrNotExist) {
+		return dir.Remove(c.Overlay) // nothing was made, or all is taken back
+	}
+	if err != nil {
+		return err
+	}
+	if err := dir.PointAt(c.Launch, c.Base); err != nil {
+		return err
+	}
+	if err := dir.Sync(); err != nil {
+		return err
+	}
+	launch, err := dir.Stat(c.Launch)
+	if err != nil {
+		return err
+	}
+	if launch.FileID != base.FileID {
+		return fmt.Errorf("%s does not lead to %s: both are kept", dir.Path(c.Launch), dir.Path(c.Base))
+	}
 	errs := []error{dir.Remove(c.Overlay)}
 	if c.NewName {
 		errs = append(errs, dir.Remove(c.Base))
@@ -134,5 +159,5 @@ func (c *cutDisk) reopenBacking(ctx context.Context, m blockdev.Monitor) error {
 	if !c.NewName && filepath.Base(c.base.Filename) == c.Base {
 		return nil
 	}
-	return c.overlay().ReopenBacking(ctx, m, nodePrefix+c.BaseID, c.base, c.base.Node.Child("backing"))
+	return c.overlay().ReopenBacking(ctx, m, nodePrefix+c.BaseID, c.base.Node.Child("backing"), c.base.Filename, c.dir.Path(c.Launch))
 }

@@ -7,11 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmsnap/vmsnap/blockdev"
 )
@@ -19,11 +23,15 @@ import (
 // launchGuard is a process that finishes what a dead agent cannot: between the
 // transaction and the moment when the launch paths name the overlays, a VM that
 // is started by its command line would write to a covered layer. The process is
-// started before the transaction, and does nothing unless its pipe to the agent
-// closes without a word.
+// started before the transaction. As long as it lives no QEMU can open one of
+// the bases for writing; when its pipe to the agent closes without a word, it
+// makes the launch paths right.
+//
+// It also holds a lock of its own, so that recovery can wait for its end.
 type launchGuard struct {
-	cmd *exec.Cmd
-	in  io.WriteCloser
+	cmd  *exec.Cmd
+	in   io.WriteCloser
+	lock string
 }
 
 const (
@@ -33,14 +41,28 @@ const (
 	launchGuardStart = 10 * time.Second
 )
 
+// launchGuardLock is the lock file of an operation's launch guard.
+func (a *Agent) launchGuardLock(operation string) string {
+	return filepath.Join(a.cfg.StateDir, "launch-guard-"+operation+".lock")
+}
+
 // startLaunchGuard starts the process and returns once it watches.
-func startLaunchGuard(ctx context.Context, argv []string, disks []*cutDisk) (_ *launchGuard, err error) {
+func startLaunchGuard(ctx context.Context, argv []string, lock string, disks []*cutDisk) (_ *launchGuard, err error) {
 	if len(argv) == 0 {
 		return nil, errors.New("launch guard: no command is configured")
+	}
+	held, err := os.OpenFile(lock, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("launch guard: %w", err)
+	}
+	defer func() { _ = held.Close() }() // the process keeps its copy, and with it the lock
+	if err := unix.Flock(int(held.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, fmt.Errorf("launch guard: lock %s: %w", lock, err)
 	}
 	// Not CommandContext: it is to outlive whatever ends here.
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stderr = os.Stderr
+	cmd.ExtraFiles = []*os.File{held}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -53,7 +75,7 @@ func startLaunchGuard(ctx context.Context, argv []string, disks []*cutDisk) (_ *
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("launch guard: %w", err)
 	}
-	g := &launchGuard{cmd, in}
+	g := &launchGuard{cmd, in, lock}
 	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
 	defer stop()
 	hung := time.AfterFunc(launchGuardStart, func() { _ = cmd.Process.Kill() })
@@ -71,7 +93,31 @@ func startLaunchGuard(ctx context.Context, argv []string, disks []*cutDisk) (_ *
 // release tells the process that it is not needed, and awaits its end.
 func (g *launchGuard) release() error {
 	_, err := io.WriteString(g.in, launchGuardRelease+"\n")
-	return errors.Join(err, g.in.Close(), g.cmd.Wait())
+	return errors.Join(err, g.in.Close(), g.cmd.Wait(), os.Remove(g.lock))
+}
+
+// awaitLaunchGuard waits until the launch guard of an operation that was
+// interrupted has done its work.
+func awaitLaunchGuard(ctx context.Context, lock string) error {
+	f, err := os.OpenFile(lock, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("launch guard: %w", err)
+	}
+	defer func() { _ = f.Close() }()
+	locked := make(chan error, 1)
+	go func() { locked <- unix.Flock(int(f.Fd()), unix.LOCK_EX) }()
+	select {
+	case err := <-locked:
+		if err != nil {
+			return fmt.Errorf("launch guard: lock %s: %w", lock, err)
+		}
+		return os.Remove(lock)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // GuardLaunchPaths is the body of the process. in is the pipe to the agent.
@@ -86,8 +132,12 @@ func GuardLaunchPaths(in io.Reader, out io.Writer) error {
 	if err := json.Unmarshal(line, &disks); err != nil {
 		return fmt.Errorf("launch guard: %w", err)
 	}
-	for _, d := range disks {
+	bases := make([]*blockdev.Lock, len(disks))
+	for i, d := range disks {
 		if err := d.open(); err != nil {
+			return fmt.Errorf("launch guard: %w", err)
+		}
+		if bases[i], err = blockdev.DenyNewWriters(d.Prefix + d.dir.Path(d.Base)); err != nil {
 			return fmt.Errorf("launch guard: %w", err)
 		}
 	}
@@ -98,26 +148,17 @@ func GuardLaunchPaths(in io.Reader, out io.Writer) error {
 		return nil
 	}
 	var errs []error
-	for _, d := range disks {
-		errs = append(errs, d.guardLaunch())
+	for i, d := range disks {
+		errs = append(errs, d.guardLaunch(bases[i]))
 	}
 	return errors.Join(errs...)
 }
 
-// guardLaunch makes a start by the launch path safe, whether or not the
-// transaction took place: an overlay that was not put on its base is empty and
-// reads as its base does. Where the launch path has to stay on the base, that is
-// made immutable, but only when nobody writes to it.
-func (d *cutDisk) guardLaunch() error {
-	if d.Settle == SettleLive {
-		return errors.Join(d.pointLaunch(), d.dir.Sync())
-	}
-	lock, err := blockdev.LockNoWriters(d.Prefix + d.dir.Path(d.Base))
-	if errors.Is(err, blockdev.ErrLocked) {
-		return nil // QEMU still writes to it: there was no cut
-	}
-	if err != nil {
+// guardLaunch makes a start by the launch path safe, unless QEMU still writes to
+// the base: then there was no cut. Nobody else can have begun to.
+func (d *cutDisk) guardLaunch(base *blockdev.Lock) error {
+	if written, err := base.Written(); err != nil || written {
 		return err
 	}
-	return errors.Join(d.dir.SetImmutable(d.Base, true), lock.Close())
+	return errors.Join(d.coverLaunch(), d.dir.Sync())
 }

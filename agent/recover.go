@@ -83,6 +83,9 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	if v == nil || rec.Kind == op.KindFreeze {
 		return interrupted // the lease has been dealt with already
 	}
+	if err := awaitLaunchGuard(ctx, a.launchGuardLock(rec.ID)); err != nil {
+		return err
+	}
 	entries, err := a.catalog.Journal(ctx, rec.ID)
 	if err != nil {
 		return err
@@ -266,7 +269,15 @@ func (c *cut) happenedBeforeEnd() (bool, error) {
 		if err != nil {
 			return false, c.failure(d, err)
 		}
-		if launch.FileID == overlay.FileID || d.Settle != SettleLive {
+		base, err := blockdev.DenyNewWriters(d.Prefix + d.dir.Path(d.Base))
+		if err != nil {
+			return false, c.failure(d, err)
+		}
+		written, err := base.Written()
+		if err := errors.Join(err, base.Close()); err != nil {
+			return false, c.failure(d, err)
+		}
+		if !written && (launch.FileID == overlay.FileID || d.Settle != SettleLive) {
 			continue // the VM came up on the overlay, or could not come up at all
 		}
 		empty, err := blockdev.IsEmpty(d.Prefix + d.dir.Path(d.Overlay))

@@ -106,6 +106,9 @@ const (
 	dialLast  = 5 * time.Second
 )
 
+// socketGrace is how long a QEMU may take to make its sockets.
+const socketGrace = 5 * time.Second
+
 // dialFree returns a session on the first QMP socket that is free.
 func dialFree(ctx context.Context, p discover.Process) (*monitor.Session, string, error) {
 	if len(p.QMP) == 0 {
@@ -121,6 +124,9 @@ func dialFree(ctx context.Context, p discover.Process) (*monitor.Session, string
 			}
 		}
 		errs = append(errs, err)
+		if !errors.Is(err, monitor.ErrBusy) && time.Since(p.Started) < socketGrace {
+			break // QEMU is still making its sockets: the next one may be another's
+		}
 	}
 	return nil, "", errors.Join(errs...)
 }

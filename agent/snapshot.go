@@ -160,7 +160,7 @@ func (c *cut) build(ctx context.Context) (err error) {
 	if c.disks = built; len(built) == 0 {
 		return fault.New(fault.Failed, "VM %s: every disk dropped out", c.vm.name())
 	}
-	if c.launch, err = startLaunchGuard(ctx, c.cfg.LaunchGuard, c.disks); err != nil {
+	if c.launch, err = startLaunchGuard(ctx, c.cfg.LaunchGuard, c.launchGuardLock(c.o.ID()), c.disks); err != nil {
 		return err
 	}
 	c.o.Revert("release the launch guard", func(context.Context) error { return c.launch.release() })

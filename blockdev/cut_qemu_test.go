@@ -205,8 +205,17 @@ func TestQEMUCutAndReopen(t *testing.T) {
 		}
 		for i, o := range overlays {
 			deeper := bases[i].Node.Child("backing")
-			if err := o.ReopenBacking(m.ctx(), m, "vmsnap-base-"+labels[i], bases[i], deeper); err != nil {
-				t.Fatalf("%s: %v", labels[i], err)
+			node := "vmsnap-base-" + labels[i]
+			if i == 1 { // as an agent leaves it that dies in the middle
+				args := map[string]any{"driver": "file", "filename": o.BasePath, "node-name": node + "-file", "read-only": true}
+				if err := m.Execute(m.ctx(), "blockdev-add", args, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for range 2 { // the second time there is nothing to do
+				if err := o.ReopenBacking(m.ctx(), m, node, deeper, bases[i].Filename); err != nil {
+					t.Fatalf("%s: %v", labels[i], err)
+				}
 			}
 		}
 		g := m.graph()

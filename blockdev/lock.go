@@ -41,19 +41,33 @@ func LockExclusive(path string) (*Lock, error) {
 // LockNoWriters locks a layer against writers and lets readers be, as needed
 // for layers below the one that is changed.
 func LockNoWriters(path string) (*Lock, error) {
-	return lockImage(path, func(fd int) error {
-		if err := setLock(fd, unix.F_RDLCK, lockSharedBase+permWrite, 1); err != nil {
-			return err
-		}
-		probe := unix.Flock_t{Type: unix.F_WRLCK, Start: lockPermBase + permWrite, Len: 1}
-		if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &probe); err != nil {
-			return err
-		}
-		if probe.Type != unix.F_UNLCK {
-			return unix.EAGAIN
-		}
-		return nil
-	}, os.O_RDONLY)
+	l, err := DenyNewWriters(path)
+	if err != nil {
+		return nil, err
+	}
+	written, err := l.Written()
+	if err == nil && written {
+		err = fmt.Errorf("%s: %w", path, ErrLocked)
+	}
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// DenyNewWriters keeps every QEMU from opening a layer for writing from now on.
+// One that writes to it already goes on, until it gives that permission up.
+func DenyNewWriters(path string) (*Lock, error) {
+	return lockImage(path, func(fd int) error { return setLock(fd, unix.F_RDLCK, lockSharedBase+permWrite, 1) }, os.O_RDONLY)
+}
+
+// Written reports whether a QEMU has a layer open for writing.
+func (l *Lock) Written() (bool, error) {
+	probe := unix.Flock_t{Type: unix.F_WRLCK, Start: lockPermBase + permWrite, Len: 1}
+	if err := unix.FcntlFlock(l.f.Fd(), unix.F_OFD_GETLK, &probe); err != nil {
+		return false, fmt.Errorf("query the locks of %s: %w", l.f.Name(), err)
+	}
+	return probe.Type != unix.F_UNLCK, nil
 }
 
 func setLock(fd int, kind int16, start, length int64) error {

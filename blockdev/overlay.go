@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/vmsnap/vmsnap/monitor"
 )
@@ -146,14 +147,38 @@ func Cut(ctx context.Context, m Monitor, pairs []Pair) error {
 }
 
 // ReopenBacking makes the overlay's backing a node that is opened by the base's
-// permanent name, read-only, and deletes the node that was opened by another
-// name. deeper is the node below the base, empty when there is none.
+// permanent name, read-only, and deletes the nodes that were opened by another
+// name of it and are not used any more. deeper is the node below the base, empty
+// when there is none. It can be done again after it was interrupted.
 //
 // QEMU reopens files by the name they were opened with, so as long as a node is
 // called by the launch path, a reopen after the launch path has moved on would
 // open the wrong layer.
-func (o Overlay) ReopenBacking(ctx context.Context, m Monitor, node string, old Layer, deeper string) (err error) {
-	base := Overlay{Path: o.BasePath, Node: node, Options: o.Options}
+func (o Overlay) ReopenBacking(ctx context.Context, m Monitor, node, deeper string, otherNames ...string) error {
+	g, err := ReadGraph(ctx, m)
+	if err != nil {
+		return err
+	}
+	top := g.Nodes[o.Node]
+	if top == nil {
+		return fmt.Errorf("reopen the backing of %s: QEMU has no node %s", o.Path, o.Node)
+	}
+	if top.Child("backing") != node {
+		base := Overlay{Path: o.BasePath, Node: node, Options: o.Options}
+		if g.Nodes[base.Node] != nil || g.Nodes[base.fileNode()] != nil {
+			if err := base.Remove(ctx, m); err != nil {
+				return err
+			}
+		}
+		if err := o.reopenOn(ctx, m, base, deeper); err != nil {
+			return err
+		}
+	}
+	return dropUnused(context.WithoutCancel(ctx), m, otherNames)
+}
+
+// reopenOn opens the base anew and makes it the overlay's backing.
+func (o Overlay) reopenOn(ctx context.Context, m Monitor, base Overlay, deeper string) (err error) {
 	if err := m.Execute(ctx, "blockdev-add", base.fileArgs(base.Path, base.fileNode(), true), nil); err != nil {
 		return fmt.Errorf("open %s by its permanent name: %w", base.Path, err)
 	}
@@ -162,7 +187,7 @@ func (o Overlay) ReopenBacking(ctx context.Context, m Monitor, node string, old 
 			err = errors.Join(err, base.Remove(context.WithoutCancel(ctx), m))
 		}
 	}()
-	args := base.formatArgs(o.BaseFormat, node, base.fileNode(), true)
+	args := base.formatArgs(o.BaseFormat, base.Node, base.fileNode(), true)
 	if o.BaseFormat != "raw" {
 		args["backing"] = nil
 		if deeper != "" {
@@ -173,24 +198,34 @@ func (o Overlay) ReopenBacking(ctx context.Context, m Monitor, node string, old 
 		return fmt.Errorf("open %s by its permanent name: %w", base.Path, err)
 	}
 	reopen := o.formatArgs("qcow2", o.Node, o.fileNode(), false)
-	reopen["backing"] = node
+	reopen["backing"] = base.Node
 	if err := m.Execute(ctx, "blockdev-reopen", map[string]any{"options": []any{reopen}}, nil); err != nil {
 		return fmt.Errorf("reopen the backing of %s: %w", o.Path, err)
 	}
-	return removeOld(context.WithoutCancel(ctx), m, old)
+	return nil
 }
 
-// removeOld deletes the nodes that the launch command or an earlier command
-// made, as far as they still exist: those of -drive end with their last user.
-func removeOld(ctx context.Context, m Monitor, old Layer) error {
-	var errs []error
-	if err := deleteNode(ctx, m, old.Node.Name); err != nil {
-		errs = append(errs, err)
-	}
-	if old.File != nil {
-		if err := deleteNode(ctx, m, old.File.Name); err != nil {
-			errs = append(errs, err)
+// dropUnused deletes the nodes that were opened by one of the names and that
+// nothing uses any more. Those of -drive end with their last user, so there may
+// be none.
+func dropUnused(ctx context.Context, m Monitor, names []string) error {
+	for {
+		g, err := ReadGraph(ctx, m)
+		if err != nil {
+			return err
+		}
+		dropped := false
+		for _, n := range g.Nodes {
+			if len(n.parents) > 0 || !slices.Contains(names, n.Filename) {
+				continue
+			}
+			if err := deleteNode(ctx, m, n.Name); err != nil {
+				return err
+			}
+			dropped = true // a format node frees its protocol node
+		}
+		if !dropped {
+			return nil
 		}
 	}
-	return errors.Join(errs...)
 }

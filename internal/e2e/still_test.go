@@ -90,6 +90,10 @@ func (s *still) tryStart() error {
 			return nil
 		}
 		select {
+		case <-ctx.Done():
+			_ = cmd.Process.Kill()
+			<-ended
+			return fmt.Errorf("no monitor: %w", err)
 		case <-ended:
 			return fmt.Errorf("QEMU ended: %s", &stderr)
 		case <-time.After(5 * time.Millisecond): // its socket is not there yet
@@ -99,8 +103,16 @@ func (s *still) tryStart() error {
 
 func (s *still) start() {
 	s.t.Helper()
-	if err := s.tryStart(); err != nil {
-		s.t.Fatal(err)
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		err := s.tryStart()
+		if err == nil {
+			return
+		}
+		// A start that comes too early fails rather than corrupts.
+		if !strings.Contains(err.Error(), `Failed to get "write" lock`) || time.Now().After(deadline) {
+			s.t.Fatal(err)
+		}
 	}
 }
 

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 packages=(
     binutils busybox-static ca-certificates curl e2fsprogs gcc libc6-dev
     libprotobuf-dev lz4 prometheus protobuf-compiler qemu-system-x86 qemu-utils
-    seabios socat
+    seabios socat strace
 )
 
 VMSNAP_CACHE=${VMSNAP_CACHE:-$PWD/.cache}

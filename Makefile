@@ -25,7 +25,7 @@ deps: ## install and fetch what building and testing need (quick when nothing is
 
 .PHONY: build
 build: ## build bin/vmsnapd and bin/vmsnap
-	go build -trimpath -o bin/ ./cmd/...
+	go build -trimpath -ldflags "-X main.version=$$(git describe --tags --always --dirty 2>/dev/null || echo devel)" -o bin/ ./cmd/...
 
 .PHONY: demo
 demo: deps build ## show snapshots of a real guest from end to end

@@ -81,6 +81,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	a.mu.Lock()
 	a.watcher = w
 	a.mu.Unlock()
+	a.group.Go(func() { a.purge(ctx) })
 	for e := range w.Events() {
 		switch e.Kind {
 		case discover.Started:
@@ -99,6 +100,22 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	err = a.ops.Shutdown(stop)
 	a.group.Wait()
 	return errors.Join(err, a.catalog.Close())
+}
+
+// purge forgets request ids that are older than they are kept for.
+func (a *Agent) purge(ctx context.Context) {
+	daily := time.NewTicker(24 * time.Hour)
+	defer daily.Stop()
+	for {
+		if err := a.catalog.Purge(ctx); err != nil {
+			a.log.Warn("old request ids are kept", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-daily.C:
+		}
+	}
 }
 
 // shutdownGrace is how long recipes may take to come to a safe end when the

@@ -41,12 +41,12 @@ const overlayReserve = 16 << 20
 
 // preflight is what is known before anything is changed.
 type preflight struct {
-	plan  Plan
-	live  bool // a QEMU process runs
-	run   *run
-	disks []*cutDisk // those to be cut
-	agent bool       // the guest agent answered
-	unfit []*cutDisk // disks that dropped out
+	plan   Plan
+	live   bool // a QEMU process runs
+	run    *run
+	disks  []*cutDisk // those to be cut
+	cannot string     // why the guest cannot be frozen; empty when it can, or need not
+	unfit  []*cutDisk // disks that dropped out
 
 	excluded []catalog.SnapshotDisk
 	partial  bool // a disk that was asked for dropped out
@@ -336,14 +336,14 @@ func (a *Agent) preflightGuest(ctx context.Context, v *vm, s *monitor.Session, r
 			why = "its guest agent does not answer"
 		}
 	}
-	if why != "" {
+	if p.cannot = why; why != "" {
 		if req.Quiesce == QuiesceRequire {
 			p.refuse(fault.New(fault.NotQuiesced, "VM %s cannot be quiesced: %s", v.name(), why).
 				WithHint("--quiesce=prefer takes a crash-consistent snapshot instead"))
 		}
 		return nil
 	}
-	p.agent, p.plan.Consistency = true, catalog.Filesystem
+	p.plan.Consistency = catalog.Filesystem
 	window, known, err := a.catalog.LastFreezeWindow(ctx, v.rec.ID)
 	if err == nil && known {
 		p.plan.Window = window

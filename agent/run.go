@@ -36,12 +36,10 @@ type run struct {
 	presence Presence
 	disks    []liveDisk
 	how      string // how it ended, as far as QEMU told
-	first    chan struct{}
-	once     sync.Once
 }
 
 func newRun(p discover.Process) *run {
-	r := &run{proc: p, ended: make(chan struct{}), first: make(chan struct{}), presence: NoChannel}
+	r := &run{proc: p, ended: make(chan struct{}), presence: NoChannel}
 	if p.GuestAgent.Path != "" {
 		r.presence = Disconnected
 	}
@@ -81,9 +79,6 @@ func (a *Agent) follow(ctx context.Context, v *vm, r *run) {
 		s, socket, err := dialFree(ctx, r.proc)
 		if err != nil {
 			r.setProblem(a.dialProblem(r, err))
-			if wait > dialQuiet {
-				r.once.Do(func() { close(r.first) })
-			}
 			select {
 			case <-ctx.Done():
 			case <-time.After(wait):
@@ -95,14 +90,12 @@ func (a *Agent) follow(ctx context.Context, v *vm, r *run) {
 		a.attend(ctx, v, r, s, socket)
 		_ = s.Close()
 	}
-	r.once.Do(func() { close(r.first) })
 }
 
 // How often a socket that does not answer is tried: a QEMU that starts opens
 // its sockets within milliseconds, one that is busy stays so for long.
 const (
 	dialFirst = 20 * time.Millisecond
-	dialQuiet = 300 * time.Millisecond
 	dialLast  = 5 * time.Second
 )
 
@@ -172,7 +165,6 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 	r.mu.Lock()
 	r.session, r.socket, r.problem = s, socket, nil
 	r.mu.Unlock()
-	r.once.Do(func() { close(r.first) })
 	if !registered {
 		a.group.Go(func() { // once the operation has ended
 			v.changing.RLock()

@@ -61,7 +61,7 @@ func (a *Agent) snapshot(ctx context.Context, o *op.Op, v *vm, req SnapshotReque
 	if !p.live {
 		return c.takeStopped(ctx, p.plan.Consistency == catalog.Offline)
 	}
-	return c.take(ctx, p.agent)
+	return c.take(ctx, p.cannot)
 }
 
 // cut is a snapshot being taken.
@@ -97,17 +97,18 @@ func (c *cut) failure(d *cutDisk, err error) error {
 }
 
 // take builds the overlays, freezes, cuts, thaws, settles and commits.
+// cannotFreeze says why the guest is not even asked to freeze.
 //
 // Until the transaction is sent every effect has its revert. From then on the
 // overlays may hold what the guest writes: they are reverted only if QEMU
 // answers that the transaction failed, and adopted in every other case.
-func (c *cut) take(ctx context.Context, guestAnswers bool) error {
+func (c *cut) take(ctx context.Context, cannotFreeze string) error {
 	c.o.Plan(7)
 	if err := c.o.Step(ctx, "overlays", c.build); err != nil {
 		return err
 	}
-	if c.req.Quiesce != QuiesceNone && !guestAnswers {
-		c.notQuiesced("the guest cannot be frozen")
+	if cannotFreeze != "" {
+		c.notQuiesced(cannotFreeze)
 	} else if c.req.Quiesce != QuiesceNone {
 		if err := c.o.Step(ctx, "freeze", c.freezeGuest); err != nil {
 			return err

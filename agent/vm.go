@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -88,6 +89,9 @@ func (a *Agent) loadCatalog(ctx context.Context) error {
 		unfinished[o.VMID] = true
 	}
 	for _, rec := range recs {
+		if rec.Stopped != endedByMigration {
+			rec.Stopped = "" // nobody watched since: it may have run and stopped again
+		}
 		v := &vm{rec: rec}
 		if unfinished[rec.ID] {
 			v.unfinished = true
@@ -162,26 +166,34 @@ func (a *Agent) exited(ctx context.Context, p discover.Process) {
 	if r == nil {
 		return
 	}
-	// The session has read what QEMU said last before it reports the end.
-	how := r.awaitEnd(ctx)
-	r.cancel()
+	a.group.Go(func() {
+		// The session has read what QEMU said last before it reports the end.
+		how := r.awaitEnd(ctx)
+		r.cancel()
+		a.ended(ctx, v, r, how)
+	})
+}
+
+// ended takes a process off its VM, and records how the VM stopped when no
+// other process of it runs.
+func (a *Agent) ended(ctx context.Context, v *vm, r *run, how string) {
 	v.mu.Lock()
-	for i := range v.runs {
-		if v.runs[i] == r {
-			v.runs = append(v.runs[:i], v.runs[i+1:]...)
-			break
-		}
+	v.runs = slices.DeleteFunc(v.runs, func(other *run) bool { return other == r })
+	v.rec.LastSeen = time.Now()
+	last := len(v.runs) == 0
+	if last {
+		v.rec.Stopped = how
 	}
-	v.rec.Stopped, v.rec.LastSeen = how, time.Now()
-	rec, last := v.rec, len(v.runs) == 0
+	rec := v.rec
 	v.mu.Unlock()
-	a.log.Info("VM stopped", "vm", rec.Name, "pid", p.PID, "how", how)
-	if _, err := a.catalog.UpsertVM(ctx, rec); err != nil {
+	a.log.Info("VM stopped", "vm", rec.Name, "pid", r.proc.PID, "how", how)
+	if !last {
+		return
+	}
+	if _, err := a.catalog.UpsertVM(context.WithoutCancel(ctx), rec); err != nil {
 		a.log.Error("the end of a VM cannot be recorded", "vm", rec.Name, "error", err)
 	}
-	if last {
-		a.settleStopped(ctx, v)
-	}
+	a.settleStopped(ctx, v)
 }
 
 func (a *Agent) runOf(p discover.Process) (*vm, *run) {

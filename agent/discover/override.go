@@ -17,7 +17,6 @@ type Override struct {
 	QMP        []string // socket paths, in order of preference; "@name" is abstract
 	GuestAgent string   // socket path; "@name" is abstract
 	Unit       string
-	OverlayDir string
 	Ignore     bool // the VM is not managed
 }
 
@@ -91,9 +90,6 @@ func (o Override) apply(p *Process) {
 	}
 	if o.Unit != "" {
 		p.Cgroup.Unit = o.Unit
-	}
-	if o.OverlayDir != "" {
-		p.OverlayDir = o.OverlayDir
 	}
 }
 

@@ -32,7 +32,6 @@ name: web-1
 qmp: [/run/web/qmp.sock, "@web"]
 guest-agent: /run/web/qga.sock
 unit: qemu@web.service
-overlay-dir: /srv/overlays/
 ---
 match: {name: db}
 qmp: /run/db.sock
@@ -46,8 +45,8 @@ qmp: /run/db.sock
 	want := []Override{
 		{File: a, Line: 2, Match: Match{Name: "web", UUID: "7f3a2b10-5c1d-4e8f-9a6b-112233445566", PIDFile: "/run/web.pid"},
 			Name: "web-1", QMP: []string{"/run/web/qmp.sock", "@web"}, GuestAgent: "/run/web/qga.sock",
-			Unit: "qemu@web.service", OverlayDir: "/srv/overlays"},
-		{File: a, Line: 12, Match: Match{Name: "db"}, QMP: []string{"/run/db.sock"}},
+			Unit: "qemu@web.service"},
+		{File: a, Line: 11, Match: Match{Name: "db"}, QMP: []string{"/run/db.sock"}},
 		{File: b, Line: 1, Match: Match{CommandLine: "disk=b"}, Ignore: true},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -74,7 +73,6 @@ func TestOverrideMistakes(t *testing.T) {
 		{"match: {name: a}\nignore: perhaps\n", "f:2: ignore: must be true or false"},
 		{"match: {name: a}\nname:\n", "f:2: name: must be a text"},
 		{"match: {uuid: 12}\n", "f:1: match.uuid: must be a UUID"},
-		{"match: {name: a}\noverlay-dir: [a]\n", "f:2: overlay-dir: must be an absolute path"},
 		{"name: a\n", "f:1: match: missing: name the VM by name, uuid, pid-file or command-line"},
 		{"match: {}\n", "f:1: match: missing: name the VM by name, uuid, pid-file or command-line"},
 		{"match: a\n", "f:1: match: must be settings with values"},
@@ -123,12 +121,12 @@ func TestApply(t *testing.T) {
 	overrides := []Override{
 		{File: "a", Match: Match{Name: "web"}, Name: "web-1", QMP: []string{"/a", "@b"}, Unit: "u.service"},
 		{File: "b", Match: Match{Name: "web-1"}, Name: "never"},
-		{File: "c", Match: Match{Name: "web"}, GuestAgent: "/qga", OverlayDir: "/o", Unit: "v.service"},
+		{File: "c", Match: Match{Name: "web"}, GuestAgent: "/qga", Unit: "v.service"},
 	}
 	got, manage := Apply(overrides, found)
 	want := found
 	want.Name, want.QMP = "web-1", []Socket{{Path: "/a"}, {Path: "b", Abstract: true}}
-	want.GuestAgent, want.OverlayDir = Socket{Path: "/qga"}, "/o"
+	want.GuestAgent = Socket{Path: "/qga"}
 	want.Cgroup.Unit, want.Overrides = "v.service", []string{"a", "c"}
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Process{})); diff != "" || !manage {
 		t.Errorf("managed: %v, %s", manage, diff)

@@ -56,7 +56,6 @@ func (e *SettingError) Unwrap() error { return e.Err }
 //	qmp: [/run/web/qmp.sock]    # instead of what was found
 //	guest-agent: /run/web/qga.sock
 //	unit: qemu@web.service
-//	overlay-dir: /srv/overlays  # where overlays are made
 //	ignore: true                # leave it alone
 func LoadOverrides(dir string) ([]Override, error) {
 	entries, err := os.ReadDir(dir)
@@ -147,7 +146,6 @@ func (d *document) override(n *yaml.Node) Override {
 		"qmp":         d.sockets(&o.QMP),
 		"guest-agent": d.socket(&o.GuestAgent),
 		"unit":        d.text(&o.Unit),
-		"overlay-dir": d.path(&o.OverlayDir),
 		"ignore":      d.flag(&o.Ignore),
 	})
 	if o.Match == (Match{}) && len(d.errs) == 0 {

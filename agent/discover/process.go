@@ -48,7 +48,6 @@ type Process struct {
 	Libvirt         bool     // managed by libvirt
 	LibvirtEvidence string   // how that is known
 	Stopped         bool     // by a signal or a debugger, when it was inspected
-	OverlayDir      string   // where overlays go; set by an override only
 	Overrides       []string // the override files applied
 
 	Notes []string // what could not be told from outside, for an operator

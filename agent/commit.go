@@ -40,14 +40,15 @@ func (c *cut) prepared() prepared {
 }
 
 // settle makes every launch path name the active layer, for good, and protects
-// the layers that are covered now.
+// the layers that are covered now. The disks run on the overlays already, so
+// nothing that goes wrong here may keep them out of the catalog: a launch path
+// that cannot be settled is settled when the VM has stopped, and until then
+// names a layer that cannot be opened for writing.
 func (c *cut) settle(ctx context.Context) error {
 	for _, d := range c.disks {
-		if err := d.pointLaunch(); err != nil {
-			return c.failure(d, err)
-		}
-		if err := d.dir.Sync(); err != nil {
-			return c.failure(d, err)
+		if err := errors.Join(d.pointLaunch(), d.dir.Sync()); err != nil {
+			d.unsettled = true
+			c.warn(warnNotSettled, d.Device, err.Error())
 		}
 		if c.session != nil {
 			if err := d.reopenBacking(ctx, c.session); err != nil {
@@ -60,7 +61,7 @@ func (c *cut) settle(ctx context.Context) error {
 	}
 	if c.launch != nil {
 		if err := c.launch.release(); err != nil {
-			c.o.Logger().Warn("launch guard", "error", err) // the launch paths are right by now
+			c.o.Logger().Warn("launch guard", "error", err) // the launch paths are safe by now
 		}
 	}
 	return nil
@@ -150,7 +151,7 @@ func (c *cut) entries(ctx context.Context, s *catalog.Snapshot) (layers []catalo
 		}
 		layers = append(layers, two...)
 		rec := byID[d.DiskID]
-		rec.ActiveLayer, rec.SettleNeeded = d.OverlayID, d.Settle != SettleLive
+		rec.ActiveLayer, rec.SettleNeeded = d.OverlayID, d.Settle != SettleLive || d.unsettled
 		disks = append(disks, rec)
 		s.Disks = append(s.Disks, catalog.SnapshotDisk{DiskID: d.DiskID, Device: d.Device, LayerID: d.BaseID, Size: d.Size})
 	}
@@ -212,8 +213,7 @@ func (c *cut) writeManifests(s catalog.Snapshot, layers []catalog.Layer) error {
 	return errors.Join(errs...)
 }
 
-// rewriteManifests brings the manifests of a snapshot up to the catalog. One
-// that is missing is left to doctor.
+// rewriteManifests brings the manifests of a snapshot up to the catalog.
 func (a *Agent) rewriteManifests(s catalog.Snapshot) error {
 	a.mu.RLock()
 	v := a.vms[s.VMID]

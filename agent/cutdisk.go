@@ -33,6 +33,7 @@ type cutDisk struct {
 	dir       *blockdev.Dir
 	base      blockdev.Layer // in QEMU
 	immutable bool           // the base's flag is set
+	unsettled bool           // the launch path does not name the overlay
 }
 
 // newCutDisk opens the disk's directory and decides how it will be settled.
@@ -83,17 +84,26 @@ func (c *cutDisk) overlay() blockdev.Overlay {
 	}
 }
 
-// makeNames gives the base its permanent name and makes the overlay's file.
-func (c *cutDisk) makeNames() error {
+// makeNames gives the base its permanent name and makes the overlay's file. A
+// name that is taken is another's: it fails, and takes back only what it made.
+func (c *cutDisk) makeNames() (err error) {
 	if c.NewName {
 		if err := c.dir.Link(c.Launch, c.Base); err != nil {
-			return fmt.Errorf("disk %s: permanent name %s: %w", c.Device, c.dir.Path(c.Base), err)
+			return fmt.Errorf("permanent name %s: %w", c.dir.Path(c.Base), err)
 		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, c.dir.Remove(c.Base))
+			}
+		}()
 	}
 	if err := c.dir.CreateFile(c.Overlay, c.Prefix+c.dir.Path(c.Base)); err != nil {
-		return fmt.Errorf("disk %s: %w", c.Device, err)
+		return err
 	}
-	return c.dir.Sync()
+	if err := c.dir.Sync(); err != nil {
+		return errors.Join(err, c.dir.Remove(c.Overlay))
+	}
+	return nil
 }
 
 // removeNames takes back what makeNames made, and what the launch guard did. It

@@ -22,10 +22,19 @@ func (a *Agent) Forget(ctx context.Context, ref string, release bool) ([]string,
 		return nil, fault.New(fault.Busy, "VM %s: operation %s is running", v.name(), id)
 	}
 	v.mu.Lock()
-	running, layers := len(v.runs) > 0, v.layers
+	running, layers, unsettled := len(v.runs) > 0, v.layers, ""
+	for _, d := range v.disks {
+		if d.SettleNeeded && !d.Removed {
+			unsettled = d.Device
+		}
+	}
 	v.mu.Unlock()
 	if running {
 		return nil, fault.New(fault.Busy, "VM %s is running: only a VM that is gone can be forgotten", v.name())
+	}
+	if unsettled != "" {
+		return nil, fault.New(fault.Busy, "VM %s: the launch path of disk %s does not lead to its newest layer yet", v.name(), unsettled).
+			WithHint("vmsnap operation list %s tells why", v.name())
 	}
 	if release {
 		if err := releaseLayers(layers); err != nil {
@@ -40,7 +49,7 @@ func (a *Agent) Forget(ctx context.Context, ref string, release bool) ([]string,
 	a.mu.Unlock()
 	var left []string
 	for _, l := range layers {
-		if !l.Foreign {
+		if _, err := blockdev.StatPath(l.Path); err == nil && !l.Foreign {
 			left = append(left, l.Path)
 		}
 	}
@@ -52,22 +61,31 @@ func (a *Agent) Forget(ctx context.Context, ref string, release bool) ([]string,
 func releaseLayers(layers []catalog.Layer) error {
 	var errs []error
 	for _, l := range layers {
-		if l.Foreign || !l.Immutable {
+		if l.Foreign || !l.Covered {
 			continue
 		}
 		if info, err := blockdev.StatPath(l.Path); err != nil || info.Ino != l.Ino || info.Dev != l.Dev {
 			continue
 		}
-		errs = append(errs, releaseLayer(l.Path))
+		errs = append(errs, releaseLayer(l))
 	}
 	return errors.Join(errs...)
 }
 
-func releaseLayer(path string) (err error) {
-	dir, err := blockdev.OpenDir(filepath.Dir(path), "")
+// releaseLayer undoes cutDisk.protect.
+func releaseLayer(l catalog.Layer) (err error) {
+	dir, err := blockdev.OpenDir(filepath.Dir(l.Path), "")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
-	return dir.SetImmutable(filepath.Base(path), false)
+	name := filepath.Base(l.Path)
+	if l.Immutable {
+		return dir.SetImmutable(name, false)
+	}
+	fi, err := dir.Root().Lstat(name)
+	if err != nil {
+		return err
+	}
+	return dir.Root().Chmod(name, fi.Mode().Perm()|0o200)
 }

@@ -65,8 +65,10 @@ func (p *preflight) blocker(strict bool) error {
 	if len(p.plan.Blockers) > 0 {
 		return p.plan.Blockers[0]
 	}
-	if strict && len(p.plan.Warnings) > 0 {
-		w := p.plan.Warnings[0]
+	for _, w := range p.plan.Warnings {
+		if !strict || w.Code == warnExcluded {
+			continue // to exclude a disk was asked for
+		}
 		return fault.New(fault.Failed, "VM %s: %s: %s", p.plan.VM, w.Code, w.Message).
 			WithHint("without --strict this is a warning")
 	}
@@ -272,6 +274,11 @@ func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req Snapsho
 		return
 	}
 	if c.Settle == SettleConvert {
+		if _, err := c.dir.Immutable(c.Launch); err != nil {
+			p.unfit = append(p.unfit, c)
+			refuse(fault.Unsupported, "its launch command declares format=raw, and without the immutable flag nothing would keep a restarted VM from writing to the covered layer: %v", err)
+			return
+		}
 		p.warn(warnLaunchRaw, c.Device, "its launch command declares format=raw, so after the snapshot it can only be started again once vmsnapd has converted it; that happens when the VM has stopped")
 	}
 	p.admit(v, c, req.AllowPartial)

@@ -55,12 +55,36 @@ func (a *Agent) settleRecipe(ctx context.Context, o *op.Op, v *vm) error {
 		if !d.SettleNeeded || d.Removed {
 			continue
 		}
-		err := o.Step(ctx, "convert "+d.Device, func(ctx context.Context) error { return a.convert(ctx, o, d) })
+		settle := a.convert
+		if d.LaunchFormat != "raw" {
+			settle = a.pointStopped
+		}
+		err := o.Step(ctx, "settle "+d.Device, func(ctx context.Context) error { return settle(ctx, o, d) })
 		if err != nil {
 			return fault.New(kindOf(err), "VM %s: disk %s: %w", v.name(), d.Device, err)
 		}
 	}
 	return a.reload(ctx, v)
+}
+
+// pointStopped makes the launch path of a stopped VM name the active layer,
+// where that failed at the cut.
+func (a *Agent) pointStopped(ctx context.Context, _ *op.Op, d catalog.Disk) (err error) {
+	active, err := a.catalog.Layer(ctx, d.ActiveLayer)
+	if err != nil {
+		return err
+	}
+	dir, err := blockdev.OpenDir(filepath.Dir(d.LaunchPath), "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	if err := a.pointPast(ctx, dir, filepath.Base(d.LaunchPath), filepath.Base(active.Path), active); err != nil {
+		return err
+	}
+	d.SettleNeeded = false
+	_, err = a.catalog.UpsertDisk(ctx, d)
+	return err
 }
 
 // entryConvert announces a conversion.
@@ -214,30 +238,64 @@ func (a *Agent) pointPast(ctx context.Context, dir *blockdev.Dir, launch, name s
 	return dir.Sync()
 }
 
-// lockTree takes the image locks of a layer, exclusively, and of all below it,
-// against writers.
+// lockTree takes the image locks of a layer and of all below it, against
+// writers: a QEMU that is started meanwhile fails. It verifies that the images
+// name each other as backing as the catalog has it, before a program follows
+// those names.
 func (a *Agent) lockTree(ctx context.Context, active catalog.Layer) (locks []*blockdev.Lock, err error) {
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, closeAll(locks))
 		}
 	}()
-	l, err := blockdev.LockExclusive(active.Path)
-	if err != nil {
-		return nil, lockError(active.Path, err)
-	}
-	locks = append(locks, l)
-	for active.Parent != "" {
-		if active, err = a.catalog.Layer(ctx, active.Parent); err != nil {
-			return locks, err
-		}
-		l, err := blockdev.LockNoWriters(active.Path)
+	for layer := active; ; {
+		l, err := blockdev.LockNoWriters(layer.Path)
 		if err != nil {
-			return locks, lockError(active.Path, err)
+			return locks, lockError(layer.Path, err)
 		}
 		locks = append(locks, l)
+		var parent catalog.Layer
+		if layer.Parent != "" {
+			if parent, err = a.catalog.Layer(ctx, layer.Parent); err != nil {
+				return locks, err
+			}
+		}
+		if err := verifyBacking(layer, parent); err != nil {
+			return locks, err
+		}
+		if layer.Parent == "" {
+			return locks, nil
+		}
+		layer = parent
 	}
-	return locks, nil
+}
+
+// verifyBacking fails unless an image's header names the parent that the
+// catalog knows, in its format, or none when there is none.
+func verifyBacking(layer, parent catalog.Layer) error {
+	if layer.Format != "qcow2" {
+		return nil // a raw image names nothing
+	}
+	h, err := blockdev.ReadHeaderFile(layer.Path)
+	if err != nil {
+		return err
+	}
+	backing := h.BackingPath(layer.Path)
+	if (backing == "") != (parent.ID == "") {
+		return fault.New(fault.Unsupported, "layer %s names the backing file %q, which is not what it lay on when it was last seen", layer.Path, backing)
+	}
+	if backing == "" {
+		return nil
+	}
+	info, err := blockdev.StatPath(backing)
+	if err != nil {
+		return fmt.Errorf("layer %s: its backing file: %w", layer.Path, err)
+	}
+	if info.Dev != parent.Dev || info.Ino != parent.Ino || h.BackingFormat != parent.Format {
+		return fault.New(fault.Unsupported, "layer %s names the backing file %q (%s), which is not what it lay on when it was last seen",
+			layer.Path, backing, h.BackingFormat)
+	}
+	return nil
 }
 
 func lockError(path string, err error) error {

@@ -103,7 +103,11 @@ func (c *cut) failure(d *cutDisk, err error) error {
 // overlays may hold what the guest writes: they are reverted only if QEMU
 // answers that the transaction failed, and adopted in every other case.
 func (c *cut) take(ctx context.Context, cannotFreeze string) error {
-	c.o.Plan(7)
+	steps := 7
+	if cannotFreeze != "" || c.req.Quiesce == QuiesceNone {
+		steps = 5 // no freeze, no thaw
+	}
+	c.o.Plan(steps)
 	if err := c.o.Step(ctx, "overlays", c.build); err != nil {
 		return err
 	}
@@ -150,7 +154,7 @@ func (c *cut) build(ctx context.Context) (err error) {
 		switch {
 		case err == nil:
 			built = append(built, d)
-		case c.req.AllowPartial && ctx.Err() == nil:
+		case c.req.AllowPartial && ctx.Err() == nil && !errors.Is(err, errLeftOver):
 			c.partial = true
 			c.warn(warnDropped, d.Device, "left out: "+err.Error())
 			c.excluded = append(c.excluded, d.leftOut())
@@ -168,17 +172,24 @@ func (c *cut) build(ctx context.Context) (err error) {
 	return nil
 }
 
+// errLeftOver means that a failed overlay could not be taken back at once.
+var errLeftOver = errors.New("not all of it could be taken back")
+
 // buildOne makes one overlay. What it made is taken back at once when it fails
-// halfway, and by its revert when a later step does.
+// halfway, and by its revert when that fails or a later step does.
 func (c *cut) buildOne(ctx context.Context, d *cutDisk) error {
 	if err := d.makeNames(); err != nil {
-		return errors.Join(err, d.removeNames())
-	}
-	if err := d.overlay().Build(ctx, c.session); err != nil {
-		return errors.Join(err, d.removeNames())
+		return err
 	}
 	c.o.Revert("remove overlay "+d.Overlay, func(ctx context.Context) error { return c.unbuild(ctx, d) })
-	return nil
+	err := d.overlay().Build(ctx, c.session)
+	if err == nil {
+		return nil
+	}
+	if undone := c.unbuild(context.WithoutCancel(ctx), d); undone != nil {
+		return errors.Join(err, errLeftOver, undone)
+	}
+	return err
 }
 
 // unbuild removes one overlay's nodes and files. A file that a living QEMU has
@@ -287,7 +298,7 @@ func (c *cut) transact(ctx context.Context) error {
 	c.o.DropReverts()
 	for _, d := range c.disks {
 		if err := d.coverLaunch(); err != nil {
-			c.warn(warnNotSettled, d.Device, err.Error()) // settle tries again, and fails
+			c.o.Logger().Warn("launch path", "disk", d.Device, "error", err) // settle tries again
 		}
 	}
 	return nil

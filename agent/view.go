@@ -178,9 +178,8 @@ type Settle string
 
 // The ways to settle.
 const (
-	SettleLive        Settle = "live"         // at the cut, by a hard link
-	SettleWhenStopped Settle = "when-stopped" // by renaming, once the VM has stopped
-	SettleConvert     Settle = "convert"      // by converting to the declared format, once the VM has stopped
+	SettleLive    Settle = "live"    // at the cut, by a hard link
+	SettleConvert Settle = "convert" // by converting to the declared format, once the VM has stopped
 )
 
 // SnapshotFilter chooses snapshots.

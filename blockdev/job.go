@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"time"
+
+	"github.com/vmsnap/vmsnap/monitor"
 )
 
 // jobInfo is an element of query-jobs (qapi/job.json, JobInfo).
@@ -29,7 +33,43 @@ func runCreate(ctx context.Context, m Monitor, id string, options map[string]any
 	if err := m.Execute(ctx, "blockdev-create", map[string]any{"job-id": id, "options": options}, nil); err != nil {
 		return err
 	}
-	job, err := awaitConcluded(ctx, m, id, func() error {
+	job, err := awaitConcluded(ctx, m, id, changeOf(ctx, sub))
+	if err != nil {
+		return fmt.Errorf("job %s: %w", id, err) // Remove ends it
+	}
+	dismiss := m.Execute(context.WithoutCancel(ctx), "job-dismiss", map[string]any{"id": id}, nil)
+	if job.Error != "" {
+		return errors.Join(&JobError{Job: id, Desc: job.Error}, dismiss)
+	}
+	return dismiss
+}
+
+// endJobTimeout bounds the wait for a job that somebody left: it writes the few
+// clusters of an empty image.
+const endJobTimeout = 60 * time.Second
+
+// endJob awaits the end of a job, if there is one, and dismisses it.
+func endJob(ctx context.Context, m Monitor, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, endJobTimeout)
+	defer cancel()
+	sub := m.Subscribe(8, "JOB_STATUS_CHANGE")
+	defer sub.Close()
+	_, err := awaitConcluded(ctx, m, id, changeOf(ctx, sub))
+	if errors.Is(err, errNoJob) {
+		return nil
+	}
+	if err == nil {
+		err = m.Execute(ctx, "job-dismiss", map[string]any{"id": id}, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("end job %s: %w", id, err)
+	}
+	return nil
+}
+
+// changeOf returns what awaits the next change of a job.
+func changeOf(ctx context.Context, sub *monitor.Subscription) func() error {
+	return func() error {
 		select {
 		case _, ok := <-sub.C:
 			if !ok {
@@ -39,16 +79,10 @@ func runCreate(ctx context.Context, m Monitor, id string, options map[string]any
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-	})
-	if err != nil {
-		return fmt.Errorf("job %s: %w", id, err) // one that has not concluded cannot be dismissed
 	}
-	dismiss := m.Execute(context.WithoutCancel(ctx), "job-dismiss", map[string]any{"id": id}, nil)
-	if job.Error != "" {
-		return errors.Join(&JobError{Job: id, Desc: job.Error}, dismiss)
-	}
-	return dismiss
 }
+
+var errNoJob = errors.New("there is no such job")
 
 // awaitConcluded asks for the job after each change of any job, and once
 // before the first.
@@ -58,10 +92,12 @@ func awaitConcluded(ctx context.Context, m Monitor, id string, change func() err
 		if err := m.Execute(ctx, "query-jobs", nil, &jobs); err != nil {
 			return jobInfo{}, err
 		}
-		for _, j := range jobs {
-			if j.ID == id && j.Status == "concluded" {
-				return j, nil
-			}
+		at := slices.IndexFunc(jobs, func(j jobInfo) bool { return j.ID == id })
+		if at < 0 {
+			return jobInfo{}, errNoJob
+		}
+		if jobs[at].Status == "concluded" {
+			return jobs[at], nil
 		}
 		if err := change(); err != nil {
 			return jobInfo{}, err

@@ -57,10 +57,11 @@ func (o Overlay) Build(ctx context.Context, m Monitor) (err error) {
 	return nil
 }
 
-// Remove deletes the overlay's nodes. Nodes that do not exist are no error, so
-// it can follow any step of Build.
+// Remove deletes the overlay's nodes, and the job that formats, of which it
+// awaits the end: QEMU executes a command whose sender was cancelled all the
+// same. What does not exist is no error, so it can follow any step of Build.
 func (o Overlay) Remove(ctx context.Context, m Monitor) error {
-	var errs []error
+	errs := []error{endJob(ctx, m, o.Node)}
 	for _, n := range []string{o.Node, o.fileNode()} {
 		if err := deleteNode(ctx, m, n); err != nil {
 			errs = append(errs, err)

@@ -59,9 +59,10 @@ type host struct {
 // for those that hang.
 const limit = 60 * time.Second
 
-func newHost(t *testing.T) *host {
+// newHost starts the VM, with other disks if some are given, and the daemon.
+func newHost(t *testing.T, disks ...testvm.Disk) *host {
 	t.Helper()
-	h := &host{t: t, guest: testvm.Start(t, testvm.Config{Name: "web"}), dir: t.TempDir()}
+	h := &host{t: t, guest: testvm.Start(t, testvm.Config{Name: "web", Disks: disks}), dir: t.TempDir()}
 	sockets, err := os.MkdirTemp("", "vs-") // short: a socket's path has 107 bytes
 	if err != nil {
 		t.Fatal(err)

@@ -36,5 +36,5 @@ func storeError(path string, err error) error {
 // damaged returns the error for a database that cannot be trusted.
 func damaged(path string, found error) error {
 	return fault.New(fault.Failed, "catalog %s is damaged: %w", path, found).
-		WithHint("move it away and rebuild it from the manifests of the snapshots: vmsnap doctor --rebuild")
+		WithHint("restore it from a backup; the manifests in .vmsnap beside the layers tell what it held")
 }

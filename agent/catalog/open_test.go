@@ -228,7 +228,7 @@ func TestDamagedDatabase(t *testing.T) {
 			check(t, os.WriteFile(path, b, 0o600))
 			err = reopen(t, dir, realSteps(t))
 			wantKind(t, "open", err, fault.Failed)
-			if !strings.Contains(fault.Hint(err), "doctor --rebuild") {
+			if !strings.Contains(fault.Hint(err), "manifests") {
 				t.Errorf("hint %q of %v does not tell what to do", fault.Hint(err), err)
 			}
 		})

@@ -62,6 +62,9 @@ meantime is not consistent.`,
 				return err
 			}
 			err = a.print(result{document: res.Msg, names: []string{args[0]}, human: func(p page, _ bool) error {
+				if !res.Msg.GetWasFrozen() {
+					return nil // the error below says so
+				}
 				p.line("%s is thawed after %s", args[0], brief(res.Msg.GetFreezeWindow().AsDuration().Round(time.Millisecond)))
 				return nil
 			}})

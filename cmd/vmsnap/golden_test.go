@@ -85,7 +85,7 @@ func TestOutput(t *testing.T) {
 		"dry-run-refused": {line: "snapshot create web fresh --dry-run", setup: func(b *rpctest.Backend) {
 			b.Script(rpctest.Script{Plan: func(_ context.Context, req agent.SnapshotRequest) (agent.Plan, error) {
 				p := rpctest.SamplePlan(req)
-				p.Disks[0].Settle = agent.SettleWhenStopped
+				p.Disks[0].Settle = agent.SettleConvert
 				p.Blockers = []*fault.Error{
 					fault.New(fault.NoSpace, "disk root: 1 MiB is free in /srv/vm/web, 64 MiB are needed").WithHint("free some space there"),
 					fault.New(fault.Busy, "%w", &op.BusyError{VM: "web", Operation: "0badcafe"}),

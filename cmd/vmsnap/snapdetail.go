@@ -114,8 +114,6 @@ func planResult(plan *vmsnapv1.Plan) result {
 
 func settleText(settle string) string {
 	switch settle {
-	case "when-stopped":
-		return "when the VM has stopped"
 	case "convert":
 		return "by converting, when the VM has stopped"
 	case "live":

@@ -867,7 +867,7 @@ type PlanDisk struct {
 	Directory   string `protobuf:"bytes,3,opt,name=directory,proto3" json:"directory,omitempty"`
 	Free        uint64 `protobuf:"varint,4,opt,name=free,proto3" json:"free,omitempty"`
 	VirtualSize uint64 `protobuf:"varint,5,opt,name=virtual_size,json=virtualSize,proto3" json:"virtual_size,omitempty"`
-	// How the launch path will be settled: "live", "when-stopped" or "convert".
+	// How the launch path will be settled: "live" or "convert".
 	Settle        string `protobuf:"bytes,6,opt,name=settle,proto3" json:"settle,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -44,37 +44,53 @@ func (a *Agent) showUnresolved(recoveries []freeze.Recovered) {
 	}
 }
 
-// recover finishes or reverts every operation that an earlier agent left
-// unfinished, and settles what stopped while no agent ran.
+// recover takes every operation over that an earlier agent left unfinished, to
+// finish or revert it, and settles what stopped while no agent ran. It does not
+// wait: a VM whose QEMU hangs keeps only its own operation from ending.
 func (a *Agent) recover(ctx context.Context) {
 	records, err := a.catalog.Operations(ctx, op.Filter{Active: true})
 	if err != nil {
 		a.log.Error("unfinished operations cannot be read", "error", err)
 		return
 	}
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	taken := map[string]bool{}
 	for _, rec := range records {
-		a.mu.RLock()
 		v := a.vms[rec.VMID]
-		a.mu.RUnlock()
-		recipe := func(ctx context.Context, o *op.Op) error { return a.recoverOne(ctx, o, v, rec) }
-		if err := a.ops.Resume(rec, recipe); err != nil {
+		err := a.ops.Resume(rec, func(ctx context.Context, o *op.Op) error {
+			a.reportEnd(ctx, o.ID())
+			return a.recoverOne(ctx, o, v, rec)
+		})
+		if err != nil {
 			a.log.Error("an unfinished operation cannot be taken over", "operation", rec.ID, "vm", rec.VMName, "error", err)
 			continue
 		}
-		if _, err := a.ops.Wait(ctx, rec.ID); err != nil {
-			a.log.Warn("recovery goes on", "operation", rec.ID, "error", err)
+		if v == nil {
+			continue
+		}
+		taken[rec.VMID] = true
+		a.group.Go(func() {
+			if _, err := a.ops.Wait(ctx, rec.ID); err != nil {
+				a.log.Warn("recovery was not awaited", "operation", rec.ID, "error", err)
+			}
+			a.recovered(ctx, v)
+		})
+	}
+	for id, v := range a.vms {
+		if !taken[id] {
+			a.group.Go(func() { a.recovered(ctx, v) })
 		}
 	}
-	a.mu.RLock()
-	defer a.mu.RUnlock()
-	for _, v := range a.vms {
-		if v.unfinished {
-			v.unfinished = false
-			v.changing.Unlock()
-		}
-		a.settleStopped(ctx, v)
-		a.group.Go(func() { a.lookAgain(ctx, v) })
+}
+
+// recovered lets others change a VM's disks again.
+func (a *Agent) recovered(ctx context.Context, v *vm) {
+	if v.unfinished.CompareAndSwap(true, false) {
+		v.changing.Unlock()
 	}
+	a.settleStopped(ctx, v)
+	a.lookAgain(ctx, v)
 }
 
 // recoverOne brings one unfinished operation to its end.

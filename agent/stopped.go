@@ -166,10 +166,10 @@ func (c *cut) buildStopped(ctx context.Context) error {
 		return err
 	}
 	for _, d := range c.disks {
-		c.o.Revert("remove overlay "+d.Overlay, func(context.Context) error { return d.removeNames() })
 		if err := d.makeNames(); err != nil {
 			return c.failure(d, err)
 		}
+		c.o.Revert("remove overlay "+d.Overlay, func(context.Context) error { return d.removeNames() })
 		if err := d.overlay().CreateOffline(ctx, d.Prefix); err != nil {
 			return c.failure(d, err)
 		}

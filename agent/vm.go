@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
@@ -29,7 +30,7 @@ type vm struct {
 	changing sync.RWMutex
 	// unfinished is set, and changing held, from the agent's start until its
 	// recovery has dealt with the VM.
-	unfinished bool
+	unfinished atomic.Bool
 }
 
 // identity says what a process's VM is identified by: its UUID when it has
@@ -94,7 +95,7 @@ func (a *Agent) loadCatalog(ctx context.Context) error {
 		}
 		v := &vm{rec: rec}
 		if unfinished[rec.ID] {
-			v.unfinished = true
+			v.unfinished.Store(true)
 			v.changing.Lock()
 		}
 		if err := a.reload(ctx, v); err != nil {

@@ -138,7 +138,7 @@ func (a *Agent) Operations(ctx context.Context, f OperationFilter) ([]op.Record,
 		if err != nil {
 			return nil, err
 		}
-		filter.VMID = v.rec.ID
+		filter.VMID = v.id
 	}
 	return a.ops.Operations(ctx, filter)
 }

@@ -88,7 +88,7 @@ func (d *cutDisk) protect() error {
 // recorded all the same, since the disks run on them.
 func (c *cut) commit(ctx context.Context) error {
 	s := catalog.Snapshot{
-		ID: newID(), VMID: c.vm.rec.ID, VMName: c.vm.name(), Name: c.req.Name, Description: c.req.Description,
+		ID: newID(), VMID: c.vm.id, VMName: c.vm.name(), Name: c.req.Name, Description: c.req.Description,
 		Labels: c.req.Labels, Created: c.cutAt, Consistency: c.consistency(), Quiesce: c.quiesce,
 		Warnings: c.warnings, Operation: c.o.ID(), Config: c.config, Partial: c.partial,
 	}
@@ -132,7 +132,7 @@ func (c *cut) consistency() catalog.Consistency {
 // entries makes the catalog's records of the layers and disks, and adds the
 // disks to the snapshot.
 func (c *cut) entries(ctx context.Context, s *catalog.Snapshot) (layers []catalog.Layer, disks []catalog.Disk, err error) {
-	known, err := c.catalog.Disks(ctx, c.vm.rec.ID)
+	known, err := c.catalog.Disks(ctx, c.vm.id)
 	if err != nil {
 		return nil, nil, err
 	}

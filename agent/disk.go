@@ -113,7 +113,7 @@ func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error
 		return fmt.Errorf("its file cannot be examined: %w", err)
 	}
 	v.mu.Lock()
-	disks, layers, vmID := v.disks, v.layers, v.rec.ID
+	disks, layers, vmID := v.disks, v.layers, v.id
 	v.mu.Unlock()
 	for _, l := range layers {
 		if l.Dev != info.Dev || l.Ino != info.Ino {

@@ -18,7 +18,7 @@ func (a *Agent) Forget(ctx context.Context, ref string, release bool) ([]string,
 	if err != nil {
 		return nil, err
 	}
-	if id, busy := a.ops.Running(v.rec.ID); busy {
+	if id, busy := a.ops.Running(v.id); busy {
 		return nil, fault.New(fault.Busy, "VM %s: operation %s is running", v.name(), id)
 	}
 	v.mu.Lock()
@@ -41,11 +41,11 @@ func (a *Agent) Forget(ctx context.Context, ref string, release bool) ([]string,
 			return nil, fault.New(fault.Failed, "VM %s is not forgotten: %w", v.name(), err)
 		}
 	}
-	if err := a.catalog.DeleteVM(ctx, v.rec.ID); err != nil {
+	if err := a.catalog.DeleteVM(ctx, v.id); err != nil {
 		return nil, err
 	}
 	a.mu.Lock()
-	delete(a.vms, v.rec.ID)
+	delete(a.vms, v.id)
 	a.mu.Unlock()
 	var left []string
 	for _, l := range layers {

@@ -31,7 +31,7 @@ func (a *Agent) Freeze(ctx context.Context, req FreezeRequest) (FreezeView, erro
 		return FreezeView{}, err
 	}
 	h := &held{frozen: make(chan FreezeView, 1), thaw: make(chan struct{}, 1)}
-	rec, err := a.begin(ctx, op.Spec{Kind: op.KindFreeze, VMID: v.rec.ID, VMName: v.name(), Request: req, UID: req.UID},
+	rec, err := a.begin(ctx, op.Spec{Kind: op.KindFreeze, VMID: v.id, VMName: v.name(), Request: req, UID: req.UID},
 		func(ctx context.Context, o *op.Op) error { return a.hold(ctx, o, v, req, h) })
 	if err != nil {
 		return FreezeView{}, err
@@ -196,7 +196,7 @@ func (a *Agent) startGuard(ctx context.Context, v *vm, r *run, operation string,
 		return nil, err
 	}
 	return freeze.Start(ctx, a.cfg.Freezing, freeze.Request{
-		VM: v.name(), VMID: v.rec.ID, Operation: operation, AgentSocket: addr,
+		VM: v.name(), VMID: v.id, Operation: operation, AgentSocket: addr,
 		QEMU:        freeze.Process{PID: r.proc.PID, StartTime: r.proc.StartTime},
 		Mountpoints: mountpoints, FreezeTimeout: timeout, Lease: lease,
 	})

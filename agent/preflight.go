@@ -93,7 +93,7 @@ func (a *Agent) PlanSnapshot(ctx context.Context, req SnapshotRequest) (Plan, er
 		return Plan{}, err
 	}
 	defer p.close()
-	if id, busy := a.ops.Running(v.rec.ID); busy {
+	if id, busy := a.ops.Running(v.id); busy {
 		p.refuse(fault.New(fault.Busy, "VM %s: operation %s is running", v.name(), id))
 	}
 	if err := p.blocker(req.Strict); err != nil && len(p.plan.Blockers) == 0 {
@@ -162,7 +162,7 @@ func (a *Agent) preflight(ctx context.Context, v *vm, req SnapshotRequest, regis
 	p := &preflight{live: r != nil, run: r}
 	p.plan = Plan{VM: v.name(), Name: req.Name, Live: p.live, Consistency: catalog.Crash}
 	if req.Name != "" {
-		if _, err := a.catalog.SnapshotByName(ctx, v.rec.ID, req.Name); err == nil {
+		if _, err := a.catalog.SnapshotByName(ctx, v.id, req.Name); err == nil {
 			p.refuse(fault.New(fault.Exists, "VM %s has a snapshot %s already", v.name(), req.Name))
 		} else if fault.Of(err) != fault.NotFound {
 			return nil, err
@@ -351,7 +351,7 @@ func (a *Agent) preflightGuest(ctx context.Context, v *vm, s *monitor.Session, r
 		return nil
 	}
 	p.plan.Consistency = catalog.Filesystem
-	window, known, err := a.catalog.LastFreezeWindow(ctx, v.rec.ID)
+	window, known, err := a.catalog.LastFreezeWindow(ctx, v.id)
 	if err == nil && known {
 		p.plan.Window = window
 	}

@@ -56,7 +56,7 @@ func (a *Agent) VM(_ context.Context, ref string) (VMView, error) {
 func (a *Agent) views(v *vm) []VMView {
 	v.mu.Lock()
 	base := VMView{
-		ID: v.rec.ID, Name: v.rec.Name, UUID: v.rec.UUID, State: Stopped, FirstSeen: v.rec.FirstSeen,
+		ID: v.id, Name: v.rec.Name, UUID: v.rec.UUID, State: Stopped, FirstSeen: v.rec.FirstSeen,
 		LastSeen: v.rec.LastSeen, Snapshots: v.counts, GuestAgent: GuestAgentView{Presence: NoChannel},
 	}
 	if v.freeze != nil {
@@ -186,7 +186,7 @@ func (a *Agent) Snapshots(ctx context.Context, f SnapshotFilter) ([]SnapshotView
 		if err != nil {
 			return nil, err
 		}
-		vmID = v.rec.ID
+		vmID = v.id
 	}
 	all, err := a.catalog.Snapshots(ctx, vmID)
 	if err != nil {
@@ -252,7 +252,7 @@ func (a *Agent) findSnapshot(ctx context.Context, ref string) (catalog.Snapshot,
 	if err != nil {
 		return catalog.Snapshot{}, err
 	}
-	s, err := a.catalog.SnapshotByName(ctx, v.rec.ID, name)
+	s, err := a.catalog.SnapshotByName(ctx, v.id, name)
 	if fault.Of(err) == fault.NotFound {
 		return s, fault.New(fault.NotFound, "VM %s has no snapshot %q", v.name(), name).
 			WithHint("vmsnap snapshot list %s shows its snapshots", v.name())

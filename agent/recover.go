@@ -143,7 +143,7 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 // committed returns the id of the snapshot that an operation has entered into
 // the catalog, or "".
 func (a *Agent) committed(ctx context.Context, v *vm, operation string) (string, error) {
-	all, err := a.catalog.Snapshots(ctx, v.rec.ID)
+	all, err := a.catalog.Snapshots(ctx, v.id)
 	for _, s := range all {
 		if s.Operation == operation {
 			return s.ID, err

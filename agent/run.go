@@ -319,8 +319,9 @@ func (a *Agent) refreshDisks(ctx context.Context, v *vm, r *run, s *monitor.Sess
 // monitorOf returns the session to a running VM's QEMU, after checking that
 // the process is still the one that was found.
 func (v *vm) monitorOf(r *run) (*monitor.Session, error) {
+	name := v.name()
 	if !discover.Same(r.proc.PID, r.proc.StartTime) {
-		return nil, fault.New(fault.Unresponsive, "VM %s: its QEMU process %d is gone", v.name(), r.proc.PID)
+		return nil, fault.New(fault.Unresponsive, "VM %s: its QEMU process %d is gone", name, r.proc.PID)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -329,12 +330,12 @@ func (v *vm) monitorOf(r *run) (*monitor.Session, error) {
 	}
 	kind := fault.Unresponsive
 	if r.problem == nil {
-		return nil, fault.New(kind, "VM %s: its monitor has not answered yet", v.rec.Name)
+		return nil, fault.New(kind, "VM %s: its monitor has not answered yet", name)
 	}
 	if r.problem.Code == "no-qmp-socket" || r.problem.Code == "libvirt-managed" {
 		kind = fault.Unsupported
 	}
-	return nil, fault.New(kind, "VM %s: %s", v.rec.Name, r.problem.Message).WithHint("%s", r.problem.Hint)
+	return nil, fault.New(kind, "VM %s: %s", name, r.problem.Message).WithHint("%s", r.problem.Hint)
 }
 
 // configuration is what a snapshot keeps of a VM besides its disks.

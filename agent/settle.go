@@ -21,7 +21,7 @@ func (a *Agent) settleStopped(ctx context.Context, v *vm) {
 	if !v.needsSettling() {
 		return
 	}
-	_, err := a.begin(ctx, op.Spec{Kind: op.KindSettle, VMID: v.rec.ID, VMName: v.name(), Request: struct{}{}},
+	_, err := a.begin(ctx, op.Spec{Kind: op.KindSettle, VMID: v.id, VMName: v.name(), Request: struct{}{}},
 		func(ctx context.Context, o *op.Op) error { return a.settleRecipe(ctx, o, v) })
 	if err != nil {
 		a.log.Error("the disks of a stopped VM cannot be settled", "vm", v.name(), "error", err)
@@ -47,7 +47,7 @@ func (v *vm) needsSettling() bool {
 func (a *Agent) settleRecipe(ctx context.Context, o *op.Op, v *vm) error {
 	v.changing.Lock()
 	defer v.changing.Unlock()
-	disks, err := a.catalog.Disks(ctx, v.rec.ID)
+	disks, err := a.catalog.Disks(ctx, v.id)
 	if err != nil {
 		return err
 	}

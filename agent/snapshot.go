@@ -24,7 +24,7 @@ func (a *Agent) CreateSnapshot(ctx context.Context, req SnapshotRequest) (op.Rec
 	if err := checkRequest(&req); err != nil {
 		return op.Record{}, err
 	}
-	spec := op.Spec{Kind: op.KindSnapshot, VMID: v.rec.ID, VMName: v.name(), Request: req, RequestID: req.RequestID, UID: req.UID}
+	spec := op.Spec{Kind: op.KindSnapshot, VMID: v.id, VMName: v.name(), Request: req, RequestID: req.RequestID, UID: req.UID}
 	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
 		v.changing.Lock()
 		defer func() {

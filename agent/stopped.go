@@ -102,7 +102,10 @@ func (c *cut) takeStopped(ctx context.Context, offline bool) error {
 	if !c.offline {
 		c.quiesce.Reason = "the VM is stopped, and nobody saw its guest shut down"
 	}
-	config, err := json.Marshal(configuration{Command: c.vm.rec.Command, Unit: c.vm.rec.Unit, UUID: c.vm.rec.UUID})
+	c.vm.mu.Lock()
+	rec := c.vm.rec
+	c.vm.mu.Unlock()
+	config, err := json.Marshal(configuration{Command: rec.Command, Unit: rec.Unit, UUID: rec.UUID})
 	if err != nil {
 		return err
 	}
@@ -186,7 +189,7 @@ func (c *cut) convertStopped(ctx context.Context) error {
 		if d.Settle != SettleConvert {
 			continue
 		}
-		disks, err := c.catalog.Disks(ctx, c.vm.rec.ID)
+		disks, err := c.catalog.Disks(ctx, c.vm.id)
 		if err != nil {
 			return err
 		}

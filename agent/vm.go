@@ -16,6 +16,8 @@ import (
 
 // vm is what the agent holds of one virtual machine.
 type vm struct {
+	id string // the catalog's; never changes
+
 	mu     sync.Mutex
 	rec    catalog.VM
 	disks  []catalog.Disk  // as of the last change
@@ -93,7 +95,7 @@ func (a *Agent) loadCatalog(ctx context.Context) error {
 		if rec.Stopped != endedByMigration {
 			rec.Stopped = "" // nobody watched since: it may have run and stopped again
 		}
-		v := &vm{rec: rec}
+		v := &vm{id: rec.ID, rec: rec}
 		if unfinished[rec.ID] {
 			v.unfinished.Store(true)
 			v.changing.Lock()
@@ -108,7 +110,7 @@ func (a *Agent) loadCatalog(ctx context.Context) error {
 
 // reload brings what is cached of a VM's disks up to the catalog.
 func (a *Agent) reload(ctx context.Context, v *vm) error {
-	id := v.rec.ID
+	id := v.id
 	disks, err := a.catalog.Disks(ctx, id)
 	if err != nil {
 		return err
@@ -146,7 +148,7 @@ func (a *Agent) started(ctx context.Context, p discover.Process) {
 	a.mu.Lock()
 	v := a.vms[rec.ID]
 	if v == nil {
-		v = &vm{}
+		v = &vm{id: rec.ID}
 		a.vms[rec.ID] = v
 	}
 	a.mu.Unlock()

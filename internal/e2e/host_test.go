@@ -36,8 +36,11 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	build := exec.Command("go", "build", "-trimpath", "-o", dir+"/", "github.com/vmsnap/vmsnap/cmd/vmsnapd", "github.com/vmsnap/vmsnap/cmd/vmsnap")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	args := []string{"build", "-trimpath", "-o", dir + "/"}
+	if raceEnabled { // the daemon is watched as the tests are
+		args = append(args, "-race")
+	}
+	build := exec.Command("go", append(args, "github.com/vmsnap/vmsnap/cmd/vmsnapd", "github.com/vmsnap/vmsnap/cmd/vmsnap")...)
 	if out, err := build.CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "build: %v\n%s", err, out)
 		return 1
@@ -63,6 +66,7 @@ type host struct {
 	dir     string
 	socket  string
 	metrics string
+	flags   []string // of the daemon, beside those that start gives it
 	daemon  *exec.Cmd
 	log     logFile
 	exited  chan struct{}
@@ -87,7 +91,19 @@ func newHost(t *testing.T, guests ...*testvm.Guest) *host {
 // newHostOf starts a daemon that manages the VMs of the given names and UUIDs.
 func newHostOf(t *testing.T, uuids map[string]string) *host {
 	t.Helper()
-	h := &host{t: t, dir: t.TempDir()}
+	h := prepareHost(t)
+	for name, uuid := range uuids {
+		h.list(name, uuid)
+	}
+	h.start()
+	t.Cleanup(h.end)
+	return h
+}
+
+// prepareHost makes everything that a daemon needs, and does not start it.
+func prepareHost(t *testing.T, flags ...string) *host {
+	t.Helper()
+	h := &host{t: t, dir: t.TempDir(), flags: flags}
 	sockets, err := os.MkdirTemp("", "vs-") // short: a socket's path has 107 bytes
 	if err != nil {
 		t.Fatal(err)
@@ -106,11 +122,6 @@ func newHostOf(t *testing.T, uuids map[string]string) *host {
 	if err := os.Mkdir(h.path("vms.d"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for name, uuid := range uuids {
-		h.list(name, uuid)
-	}
-	h.start()
-	t.Cleanup(h.end)
 	return h
 }
 
@@ -125,6 +136,12 @@ func (h *host) list(name, uuid string) {
 	}
 }
 
+// arguments are the daemon's.
+func (h *host) arguments() []string {
+	return append([]string{"--config", "/dev/null", "--state-dir", h.path("state"), "--run-dir", h.dir, "--socket", h.socket,
+		"--metrics-listen", h.metrics, "--vms-dir", h.path("vms.d"), "--listed-only", "--log-level", "debug"}, h.flags...)
+}
+
 // start starts the daemon and waits until it answers.
 func (h *host) start() {
 	h.t.Helper()
@@ -133,8 +150,7 @@ func (h *host) start() {
 		h.t.Fatal(err)
 	}
 	defer func() { _ = log.Close() }()
-	h.daemon = exec.Command(filepath.Join(binaries, "vmsnapd"), "--config", "/dev/null", "--state-dir", h.path("state"), "--run-dir", h.dir,
-		"--socket", h.socket, "--metrics-listen", h.metrics, "--vms-dir", h.path("vms.d"), "--listed-only", "--log-level", "debug")
+	h.daemon = exec.Command(filepath.Join(binaries, "vmsnapd"), h.arguments()...)
 	h.daemon.Stderr = log // a file: a pipe would keep Wait back
 	h.daemon.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := h.daemon.Start(); err != nil {

@@ -55,7 +55,13 @@ func startLaunchGuard(ctx context.Context, argv []string, lock string, disks []*
 	if err != nil {
 		return nil, fmt.Errorf("launch guard: %w", err)
 	}
-	defer func() { _ = held.Close() }() // the process keeps its copy, and with it the lock
+	started := false
+	defer func() {
+		_ = held.Close() // the process keeps its copy, and with it the lock
+		if !started {
+			err = errors.Join(err, os.Remove(lock))
+		}
+	}()
 	if err := unix.Flock(int(held.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("launch guard: lock %s: %w", lock, err)
 	}
@@ -75,6 +81,7 @@ func startLaunchGuard(ctx context.Context, argv []string, lock string, disks []*
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("launch guard: %w", err)
 	}
+	started = true // and release removes the lock file
 	g := &launchGuard{cmd, in, lock}
 	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
 	defer stop()
@@ -90,10 +97,18 @@ func startLaunchGuard(ctx context.Context, argv []string, lock string, disks []*
 	return g, nil
 }
 
-// release tells the process that it is not needed, and awaits its end.
+// release tells the process that it is not needed, and awaits its end. One that
+// was killed is not needed either.
 func (g *launchGuard) release() error {
-	_, err := io.WriteString(g.in, launchGuardRelease+"\n")
-	return errors.Join(err, g.in.Close(), g.cmd.Wait(), os.Remove(g.lock))
+	_, told := io.WriteString(g.in, launchGuardRelease+"\n")
+	if errors.Is(told, syscall.EPIPE) {
+		told = nil
+	}
+	closed, ended := g.in.Close(), g.cmd.Wait()
+	if _, ok := errors.AsType[*exec.ExitError](ended); ok {
+		ended = nil
+	}
+	return errors.Join(told, closed, ended, os.Remove(g.lock))
 }
 
 // awaitLaunchGuard waits until the launch guard of an operation that was

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"syscall"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
@@ -78,6 +79,8 @@ func kindOf(err error) fault.Kind {
 		return fault.Of(err)
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return fault.NoSpace
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		return fault.Denied
 	case errors.Is(err, monitor.ErrGone), errors.Is(err, monitor.ErrUnresponsive), errors.Is(err, monitor.ErrOutcomeUnknown):
 		return fault.Unresponsive
 	default:

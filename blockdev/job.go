@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/vmsnap/vmsnap/monitor"
@@ -24,6 +26,15 @@ type JobError struct {
 }
 
 func (e *JobError) Error() string { return fmt.Sprintf("job %s: %s", e.Job, e.Desc) }
+
+// Unwrap returns ENOSPC for what QEMU ends with strerror(ENOSPC): its errors
+// have no code of their own.
+func (e *JobError) Unwrap() error {
+	if strings.HasSuffix(strings.ToLower(e.Desc), syscall.ENOSPC.Error()) {
+		return syscall.ENOSPC
+	}
+	return nil
+}
 
 // runCreate runs blockdev-create and awaits its end. The job is dismissed in
 // any case.

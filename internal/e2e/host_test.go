@@ -151,6 +151,8 @@ func (h *host) start() {
 	}
 	defer func() { _ = log.Close() }()
 	h.daemon = exec.Command(filepath.Join(binaries, "vmsnapd"), h.arguments()...)
+	// The race detector would make every process end a second late.
+	h.daemon.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0 halt_on_error=1")
 	h.daemon.Stderr = log // a file: a pipe would keep Wait back
 	h.daemon.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := h.daemon.Start(); err != nil {
@@ -268,7 +270,7 @@ type result struct {
 func (h *host) run(args ...string) result {
 	h.t.Helper()
 	cmd := exec.CommandContext(h.ctx(), filepath.Join(binaries, "vmsnap"), args...)
-	cmd.Env = append(os.Environ(), "VMSNAP_SOCKET="+h.socket)
+	cmd.Env = append(os.Environ(), "VMSNAP_SOCKET="+h.socket, "GORACE=atexit_sleep_ms=0")
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()

@@ -1,34 +1,48 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
+	"net"
 	"os"
+	"os/user"
 
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
+
+	"github.com/vmsnap/vmsnap/agent/rpc"
 )
 
 // config is the daemon's settings. Each has a flag of the same name, which
 // goes before the file, and a default that works.
 type config struct {
-	StateDir      string   `yaml:"state-dir"`
-	RunDir        string   `yaml:"run-dir"`
-	Socket        string   `yaml:"socket"`
-	SocketGroup   string   `yaml:"socket-group"`
-	MetricsListen string   `yaml:"metrics-listen"`
-	MetricsConfig string   `yaml:"metrics-config"`
-	VMsDir        string   `yaml:"vms-dir"`
-	LogLevel      string   `yaml:"log-level"`
-	LogFormat     string   `yaml:"log-format"`
-	ScanOnly      bool     `yaml:"scan-only"`
-	ListedOnly    bool     `yaml:"listed-only"`
-	Viewers       []string `yaml:"viewers"`
-	Operators     []string `yaml:"operators"`
-	Admins        []string `yaml:"admins"`
+	StateDir      string
+	RunDir        string
+	Socket        string
+	SocketGroup   string
+	MetricsListen string
+	MetricsConfig string
+	VMsDir        string
+	LogLevel      string
+	LogFormat     string
+	ScanOnly      bool
+	ListedOnly    bool
+	Viewers       []string
+	Operators     []string
+	Admins        []string
+
+	places map[string]string // FILE:LINE of the settings that a file gave
+}
+
+// settings are what a file can set, by name.
+func (c *config) settings() map[string]any {
+	return map[string]any{
+		"state-dir": &c.StateDir, "run-dir": &c.RunDir, "socket": &c.Socket, "socket-group": &c.SocketGroup,
+		"metrics-listen": &c.MetricsListen, "metrics-config": &c.MetricsConfig, "vms-dir": &c.VMsDir,
+		"log-level": &c.LogLevel, "log-format": &c.LogFormat, "scan-only": &c.ScanOnly, "listed-only": &c.ListedOnly,
+		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
+	}
 }
 
 const defaultConfigFile = "/etc/vmsnap/vmsnapd.yaml"
@@ -50,8 +64,9 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything")
 }
 
-// load reads the file and then lets the flags that were given go before it.
-// The default file may be absent; one that was named must exist.
+// load reads the file, whose settings give way to the flags that were given.
+// The default file may be absent; one that was named must exist. A mistake is
+// told with its file and line.
 func (c *config) load(path string, named bool, f *pflag.FlagSet) error {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) && !named {
@@ -60,47 +75,69 @@ func (c *config) load(path string, named bool, f *pflag.FlagSet) error {
 	if err != nil {
 		return fmt.Errorf("configuration: %w", err)
 	}
-	given := map[string]string{}
-	f.Visit(func(fl *pflag.Flag) { given[fl.Name] = fl.Value.String() })
-	kept := *c
-	dec := yaml.NewDecoder(bytes.NewReader(data))
-	dec.KnownFields(true)
-	if err := dec.Decode(c); err != nil && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("configuration %s: %w", path, err)
+	var document yaml.Node
+	if err := yaml.Unmarshal(data, &document); err != nil {
+		return fmt.Errorf("configuration: %s: %w", path, err)
 	}
-	kept.restore(c, given)
-	if err := c.check(); err != nil {
-		return fmt.Errorf("configuration %s: %w", path, err)
+	c.places = map[string]string{}
+	if len(document.Content) > 0 && document.Content[0].Tag != "!!null" {
+		if err := c.read(path, document.Content[0], f); err != nil {
+			return err
+		}
 	}
-	return nil
+	return c.check()
 }
 
-// restore puts the flags that were given back over what the file said.
-func (c *config) restore(into *config, given map[string]string) {
-	for name, pair := range map[string][2]*string{
-		"state-dir": {&c.StateDir, &into.StateDir}, "run-dir": {&c.RunDir, &into.RunDir}, "socket": {&c.Socket, &into.Socket},
-		"socket-group": {&c.SocketGroup, &into.SocketGroup}, "metrics-listen": {&c.MetricsListen, &into.MetricsListen},
-		"metrics-config": {&c.MetricsConfig, &into.MetricsConfig}, "vms-dir": {&c.VMsDir, &into.VMsDir},
-		"log-level": {&c.LogLevel, &into.LogLevel}, "log-format": {&c.LogFormat, &into.LogFormat},
-	} {
-		if _, ok := given[name]; ok {
-			*pair[1] = *pair[0]
+// read takes the settings in, and tells all its mistakes together.
+func (c *config) read(path string, settings *yaml.Node, f *pflag.FlagSet) error {
+	if settings.Kind != yaml.MappingNode {
+		return fmt.Errorf("configuration: %s:%d: must be settings with values", path, settings.Line)
+	}
+	var errs []error
+	seen := map[string]bool{}
+	for i := 0; i+1 < len(settings.Content); i += 2 {
+		key, value := settings.Content[i], settings.Content[i+1]
+		name, place := key.Value, fmt.Sprintf("%s:%d", path, key.Line)
+		to := c.settings()[name]
+		switch {
+		case to == nil:
+			errs = append(errs, fmt.Errorf("configuration: %s: %s: unknown setting", place, name))
+			continue
+		case seen[name]:
+			errs = append(errs, fmt.Errorf("configuration: %s: %s: given twice", place, name))
+			continue
+		case f.Changed(name):
+			to = new(config).settings()[name] // the flag goes before it; a mistake stays one
+		default:
+			c.places[name] = place
+		}
+		seen[name] = true
+		if value.Tag == "!!null" || value.Decode(to) != nil {
+			errs = append(errs, fmt.Errorf("configuration: %s: %s: must be %s", place, name, wanted(to)))
 		}
 	}
-	for name, pair := range map[string][2]*[]string{
-		"viewers": {&c.Viewers, &into.Viewers}, "operators": {&c.Operators, &into.Operators}, "admins": {&c.Admins, &into.Admins},
-	} {
-		if _, ok := given[name]; ok {
-			*pair[1] = *pair[0]
-		}
+	return errors.Join(errs...)
+}
+
+// wanted says what a setting has to be.
+func wanted(to any) string {
+	switch to.(type) {
+	case *bool:
+		return "true or false"
+	case *[]string:
+		return "a list of texts"
+	default:
+		return "a text"
 	}
-	for name, pair := range map[string][2]*bool{
-		"scan-only": {&c.ScanOnly, &into.ScanOnly}, "listed-only": {&c.ListedOnly, &into.ListedOnly},
-	} {
-		if _, ok := given[name]; ok {
-			*pair[1] = *pair[0]
-		}
+}
+
+// wrong says what is wrong with a setting, and where it was given.
+func (c *config) wrong(name, format string, args ...any) error {
+	err := fmt.Errorf(name+": "+format, args...)
+	if place := c.places[name]; place != "" {
+		return fmt.Errorf("configuration: %s: %w", place, err)
 	}
+	return err
 }
 
 // check refuses what would only show later.
@@ -110,19 +147,41 @@ func (c *config) check() error {
 	}
 	for name, path := range map[string]string{"state-dir": c.StateDir, "run-dir": c.RunDir, "socket": c.Socket} {
 		if path == "" || path[0] != '/' {
-			return fmt.Errorf("%s: %q is not an absolute path", name, path)
+			return c.wrong(name, "%q is not an absolute path", path)
 		}
 	}
 	if len(c.Socket) > 107 {
-		return fmt.Errorf("socket: %q is longer than the 107 bytes that a Unix socket's path may have", c.Socket)
+		return c.wrong("socket", "%q is longer than the 107 bytes that a Unix socket's path may have", c.Socket)
 	}
 	switch c.LogLevel {
 	case "debug", "info", "warn", "error":
 	default:
-		return fmt.Errorf("log-level: %q is not debug, info, warn or error", c.LogLevel)
+		return c.wrong("log-level", "%q is not debug, info, warn or error", c.LogLevel)
 	}
 	if c.LogFormat != "text" && c.LogFormat != "json" {
-		return fmt.Errorf("log-format: %q is not text or json", c.LogFormat)
+		return c.wrong("log-format", "%q is not text or json", c.LogFormat)
+	}
+	if c.MetricsListen != "" {
+		if _, _, err := net.SplitHostPort(c.MetricsListen); err != nil {
+			return c.wrong("metrics-listen", "%w", err)
+		}
+	}
+	return c.checkGroups()
+}
+
+// checkGroups refuses groups that do not exist.
+func (c *config) checkGroups() error {
+	if c.SocketGroup != "" {
+		if _, err := user.LookupGroup(c.SocketGroup); err != nil {
+			return c.wrong("socket-group", "%w", err)
+		}
+	}
+	for name, groups := range map[string][3][]string{
+		"viewers": {c.Viewers}, "operators": {nil, c.Operators}, "admins": {nil, nil, c.Admins},
+	} {
+		if _, err := rpc.ResolveRoles(0, groups[0], groups[1], groups[2]); err != nil {
+			return c.wrong(name, "%w", err)
+		}
 	}
 	return nil
 }

@@ -26,7 +26,7 @@ func loadConfig(t *testing.T, text string, args ...string) (config, error) {
 }
 
 func TestConfigOrder(t *testing.T) {
-	c, err := loadConfig(t, "state-dir: /srv/a\nlog-level: debug\nadmins: [wheel]\nscan-only: true\n",
+	c, err := loadConfig(t, "state-dir: /srv/a\nlog-level: debug\nadmins: [daemon]\nscan-only: true\n",
 		"--log-level", "warn", "--admins", "root,adm", "--scan-only=false")
 	if err != nil {
 		t.Fatal(err)
@@ -34,6 +34,16 @@ func TestConfigOrder(t *testing.T) {
 	if c.StateDir != "/srv/a" || c.LogLevel != "warn" || strings.Join(c.Admins, " ") != "root adm" || c.ScanOnly ||
 		c.MetricsListen != "127.0.0.1:9777" || c.Socket != "/run/vmsnap/vmsnapd.sock" {
 		t.Errorf("%+v", c)
+	}
+}
+
+func TestConfigFlagsAreNotTheFilesMistakes(t *testing.T) {
+	_, err := loadConfig(t, "log-level: info\n", "--log-level", "loud")
+	if err == nil || !strings.HasPrefix(err.Error(), "log-level: ") {
+		t.Errorf("a wrong flag: %v", err)
+	}
+	if _, err := loadConfig(t, "scan-only: perhaps\n", "--scan-only"); err == nil {
+		t.Error("a mistake in the file is hidden by a flag")
 	}
 }
 
@@ -45,15 +55,22 @@ func TestConfigEmpty(t *testing.T) {
 
 func TestConfigErrorsNameTheSetting(t *testing.T) {
 	for text, want := range map[string]string{
-		"run-dir: /run/x\nstate-dri: /srv\n":          "line 2",
-		"scan-only: perhaps\n":                        "line 1",
-		"state-dir: relative\n":                       "state-dir",
-		"log-level: loud\n":                           "log-level",
-		"log-format: xml\n":                           "log-format",
-		"socket: /" + strings.Repeat("x", 110) + "\n": "socket",
+		"run-dir: /run/x\nstate-dri: /srv\n":          "vmsnapd.yaml:2: state-dri: unknown setting",
+		"run-dir: /run/x\nrun-dir: /run/y\n":          "vmsnapd.yaml:2: run-dir: given twice",
+		"scan-only: perhaps\n":                        "vmsnapd.yaml:1: scan-only: must be true or false",
+		"viewers: {a: b}\n":                           "vmsnapd.yaml:1: viewers: must be a list",
+		"log-level:\n":                                "vmsnapd.yaml:1: log-level: must be a text",
+		"# x\nstate-dir: relative\n":                  "vmsnapd.yaml:2: state-dir: ",
+		"log-level: loud\n":                           "vmsnapd.yaml:1: log-level: ",
+		"log-format: xml\n":                           "vmsnapd.yaml:1: log-format: ",
+		"socket: /" + strings.Repeat("x", 110) + "\n": "vmsnapd.yaml:1: socket: ",
+		"metrics-listen: localhost\n":                 "vmsnapd.yaml:1: metrics-listen: ",
+		"socket-group: no-such-group-1\n":             "vmsnapd.yaml:1: socket-group: ",
+		"operators: [no-such-group-1]\n":              "vmsnapd.yaml:1: operators: ",
+		"- a\n":                                       "vmsnapd.yaml:1: must be settings",
 	} {
 		_, err := loadConfig(t, text)
-		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "vmsnapd.yaml") {
+		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", text, err)
 		}
 	}

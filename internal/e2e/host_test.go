@@ -325,3 +325,12 @@ func (h *host) scrape() string {
 	}
 	return string(b)
 }
+
+// shows fails unless a field of `vm show` has a value.
+func (h *host) shows(vm, field, value string) error {
+	h.t.Helper()
+	if got := h.object("vm", "show", vm)[field]; got != value {
+		return fmt.Errorf("%s is %v", field, got)
+	}
+	return nil
+}

@@ -38,10 +38,13 @@ type Agent struct {
 	ops       *op.Runner
 	overrides []discover.Override
 
-	mu      sync.RWMutex
-	vms     map[string]*vm // by catalog id
-	watcher *discover.Watcher
-	group   sync.WaitGroup
+	mu  sync.RWMutex
+	vms map[string]*vm // by catalog id
+	// stopping is closed when Run begins to wait for the recipes: those that
+	// wait for what may never come leave it to the next agent.
+	stopping chan struct{}
+	watcher  *discover.Watcher
+	group    sync.WaitGroup
 }
 
 // Open opens the state directory. Nothing runs before Run.
@@ -57,7 +60,7 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	return &Agent{
 		cfg: cfg, log: cfg.Logger, catalog: cat, overrides: overrides,
 		ops: op.NewRunner(cat, cfg.Logger.Named("operation")),
-		vms: map[string]*vm{},
+		vms: map[string]*vm{}, stopping: make(chan struct{}),
 	}, nil
 }
 
@@ -95,6 +98,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 			})
 		}
 	}
+	close(a.stopping)
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
 	defer cancel()
 	err = a.ops.Shutdown(stop)

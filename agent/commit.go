@@ -104,7 +104,7 @@ func (c *cut) commit(ctx context.Context) error {
 		return fault.New(fault.NotQuiesced, "VM %s: the disks were cut, but not while the guest was frozen (%s); no snapshot was made of it",
 			c.vm.name(), c.quiesce.Reason).WithHint("each disk has one more layer now, which is harmless")
 	}
-	if err := c.catalog.CommitSnapshot(ctx, catalog.Commit{Snapshot: s, Layers: layers, Disks: disks}); err != nil {
+	if err := c.enter(ctx, &s, layers, disks); err != nil {
 		return err
 	}
 	c.o.SetSnapshot(s.ID)
@@ -115,6 +115,29 @@ func (c *cut) commit(ctx context.Context) error {
 		c.warn(warnManifest, "", err.Error())
 	}
 	return nil
+}
+
+// enter records the snapshot. A record whose outcome is in doubt is looked up.
+// The layers are recorded even when the name has been taken meanwhile.
+func (c *cut) enter(ctx context.Context, s *catalog.Snapshot, layers []catalog.Layer, disks []catalog.Disk) error {
+	err := c.catalog.CommitSnapshot(ctx, catalog.Commit{Snapshot: *s, Layers: layers, Disks: disks})
+	if err == nil {
+		return nil
+	}
+	done, look := c.committed(ctx, c.vm, c.o.ID())
+	switch {
+	case look != nil:
+		return errors.Join(err, look)
+	case done != "":
+		s.ID = done
+		return nil
+	case fault.Of(err) != fault.Exists:
+		return err
+	}
+	if put := c.putLayers(ctx, layers, disks); put != nil {
+		return put
+	}
+	return err
 }
 
 // consistency is the label that the snapshot has earned.

@@ -44,14 +44,16 @@ func (a *Agent) Freeze(ctx context.Context, req FreezeRequest) (FreezeView, erro
 	}()
 	select {
 	case f := <-h.frozen:
-		return f, nil
+		if ctx.Err() == nil {
+			return f, nil
+		}
 	case rec := <-ended:
 		return FreezeView{}, failureOf(rec)
 	case <-ctx.Done():
-		// The caller is gone before the guest was frozen: nobody would thaw it.
-		_, err := a.ops.Cancel(context.WithoutCancel(ctx), rec.ID)
-		return FreezeView{}, errors.Join(context.Cause(ctx), err)
 	}
+	// The caller is gone, and does not know of the freeze: nobody would thaw.
+	_, err = a.ops.Cancel(context.WithoutCancel(ctx), rec.ID)
+	return FreezeView{}, errors.Join(context.Cause(ctx), err)
 }
 
 // failureOf turns the end of an operation into an error; nil when it succeeded.
@@ -99,24 +101,14 @@ func (a *Agent) hold(ctx context.Context, o *op.Op, v *vm, req FreezeRequest, h 
 		return err
 	}
 	defer func() { a.endFreeze(v, guard, guard.Close()) }()
-	err = o.Step(ctx, "frozen", func(ctx context.Context) error {
-		select {
-		case <-h.thaw:
-			return nil
-		case <-guard.Done():
-			return fault.New(fault.Failed, "VM %s was thawed by its lease of %s: nobody asked for the thaw before", v.name(), req.Lease)
-		case <-ctx.Done():
-			return errors.Join(context.Cause(ctx), guard.Close())
-		}
-	})
+	err = o.Step(ctx, "frozen", func(ctx context.Context) error { return h.untilThaw(ctx, v.name(), guard, req.Lease) })
 	if err != nil {
 		return err
 	}
 	return o.Step(context.WithoutCancel(ctx), "thaw", func(ctx context.Context) error {
 		thawed, err := guard.Thaw(ctx)
 		if err != nil {
-			return fault.New(fault.Unresponsive, "VM %s: thaw: %w", v.name(), err).
-				WithHint("vmsnapd goes on trying until the guest answers")
+			return fault.New(fault.Unresponsive, "VM %s: thaw: %w", v.name(), err).WithHint(hintUnresolved)
 		}
 		h.result = ThawResult{WasFrozen: thawed.Verified, Window: thawed.Window}
 		if a.cfg.OnFreezeWindow != nil {
@@ -124,6 +116,28 @@ func (a *Agent) hold(ctx context.Context, o *op.Op, v *vm, req FreezeRequest, h 
 		}
 		return nil
 	})
+}
+
+// hintUnresolved is what there is to do about a guest that may be frozen.
+const hintUnresolved = "it is thawed as soon as its guest agent answers; look for a freeze hook that hangs, or restart qemu-ga"
+
+// untilThaw returns when somebody asks for the thaw. That the freeze ends in
+// any other way, or does not end with the lease, is a failure.
+func (h *held) untilThaw(ctx context.Context, vm string, guard *freeze.Guard, lease time.Duration) error {
+	select {
+	case <-h.thaw:
+		return nil
+	case <-guard.Unresolved():
+		return fault.New(fault.Unresponsive, "VM %s: the freeze was to end (lease %s), and the guest does not answer the thaw", vm, lease).
+			WithHint(hintUnresolved)
+	case <-guard.Done():
+	case <-ctx.Done():
+		return errors.Join(context.Cause(ctx), guard.Close())
+	}
+	if o := guard.Outcome(); o.End != freeze.LeaseExpired {
+		return fault.New(fault.Failed, "VM %s is not held frozen any more: %s", vm, o.Reason)
+	}
+	return fault.New(fault.Failed, "VM %s was thawed by its lease of %s: nobody asked for the thaw before", vm, lease)
 }
 
 // Thaw ends a freeze. A guest that is frozen by something else, or by an agent

@@ -203,6 +203,9 @@ func (a *Agent) preflightLive(ctx context.Context, v *vm, req SnapshotRequest, p
 	if err != nil {
 		return fault.New(fault.Unresponsive, "VM %s: %w", v.name(), err)
 	}
+	if err := notMigrating(ctx, v, s); err != nil {
+		return err
+	}
 	disks := a.liveDisks(ctx, v, p.run, g, register)
 	names := make([]string, len(disks))
 	for i := range disks {
@@ -224,6 +227,29 @@ func (a *Agent) preflightLive(ctx context.Context, v *vm, req SnapshotRequest, p
 		p.firmware(p.run)
 	}
 	return a.preflightGuest(ctx, v, s, req, p)
+}
+
+// notMigrating refuses a VM whose disks are, or are about to be, another
+// host's.
+func notMigrating(ctx context.Context, v *vm, s *monitor.Session) error {
+	st, err := s.QueryStatus(ctx)
+	if err != nil {
+		return fault.New(fault.Unresponsive, "VM %s: %w", v.name(), err)
+	}
+	switch st.Status {
+	case monitor.RunStatePostMigrate, monitor.RunStateInMigrate, monitor.RunStateFinishMigrate:
+		return fault.New(fault.Unsupported, "VM %s is in state %s: its disks may be in use by another host", v.name(), st.Status)
+	}
+	m, err := s.QueryMigrate(ctx)
+	if err != nil {
+		return fault.New(fault.Unresponsive, "VM %s: %w", v.name(), err)
+	}
+	switch m.Status {
+	case monitor.MigrationSetup, monitor.MigrationActive, monitor.MigrationDevice, monitor.MigrationPreSwitch, monitor.MigrationCancelling:
+		return fault.New(fault.Busy, "VM %s is being migrated or saved (%s)", v.name(), m.Status).
+			WithHint("wait for the migration's end")
+	}
+	return nil
 }
 
 // choose resolves --disk and --exclude. Names that fit no disk are refused.

@@ -6,6 +6,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/blockdev"
 )
 
@@ -20,7 +21,7 @@ func (c *cut) reconcile(ctx context.Context, cause error) (happened bool, err er
 	if c.guard != nil {
 		thaw := c.guard.Close()
 		if thaw != nil {
-			c.o.Logger().Warn("thaw before asking", "error", thaw)
+			c.thawUnresolved(thaw)
 		}
 		c.endFreeze(c.vm, c.guard, thaw)
 		c.guard = nil
@@ -43,8 +44,8 @@ func (c *cut) reconcile(ctx context.Context, cause error) (happened bool, err er
 			}
 		}
 		select {
-		case <-ctx.Done():
-			return false, context.Cause(ctx)
+		case <-c.stopping:
+			return false, op.ErrLeave
 		case <-time.After(askAgain):
 		}
 	}

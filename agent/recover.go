@@ -134,10 +134,7 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return errors.Join(o.Step(ctx, "take back", c.takeBack), interrupted)
 	}
 	c.warn(warnAdopted, "", "vmsnapd ended after the cut; the snapshot was completed when it came back")
-	if err := o.Step(ctx, "settle", c.settle); err != nil {
-		return err
-	}
-	return o.Step(ctx, "commit", c.commit)
+	return c.finish(ctx)
 }
 
 // committed returns the id of the snapshot that an operation has entered into
@@ -216,8 +213,8 @@ func (c *cut) findProcess(ctx context.Context, p prepared) error {
 		}
 		c.o.Logger().Warn("waiting for the VM's monitor", "error", err)
 		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		case <-c.stopping:
+			return op.ErrLeave
 		case <-time.After(askAgain):
 		}
 	}
@@ -256,8 +253,8 @@ func (c *cut) askGraph(ctx context.Context, p prepared) (*blockdev.Graph, error)
 		c.o.Logger().Warn("QEMU does not tell its block graph", "error", err)
 		c.run, c.session = nil, nil
 		select {
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
+		case <-c.stopping:
+			return nil, op.ErrLeave
 		case <-time.After(askAgain):
 		}
 		if err := c.findProcess(ctx, p); err != nil {

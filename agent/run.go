@@ -172,25 +172,63 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 			a.lookAgain(ctx, v)
 		})
 	}
-	for e := range sub.C {
-		r.mu.Lock()
-		r.event(e)
-		r.mu.Unlock()
-		switch e.Name {
-		case "STOP", "RESUME", "SUSPEND", "WAKEUP", "GUEST_PANICKED", "BLOCK_IO_ERROR", "MIGRATION":
-			if err := r.refreshStatus(ctx, s); err != nil {
-				a.log.Debug("run state unknown", "vm", v.name(), "error", err)
-			}
-		case "DEVICE_DELETED":
-			if _, err := a.refreshDisks(ctx, v, r, s); err != nil {
-				a.log.Debug("disks unknown", "vm", v.name(), "error", err)
-			}
-		}
-	}
+	a.followEvents(ctx, v, r, s, sub)
 	r.mu.Lock()
 	r.session = nil
 	r.problem = &Problem{"monitor-lost", "the monitor session ended", "vmsnapd connects again by itself"}
 	r.mu.Unlock()
+}
+
+// passing is how often a run state is asked for that QEMU leaves without an
+// event, such as finish-migrate.
+const passing = 100 * time.Millisecond
+
+// followEvents takes in QEMU's events until the session ends.
+func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Session, sub *monitor.Subscription) {
+	var again <-chan time.Time
+	for {
+		status := false
+		select {
+		case <-again:
+			status = true
+		case e, ok := <-sub.C:
+			if !ok {
+				return
+			}
+			r.mu.Lock()
+			r.event(e)
+			r.mu.Unlock()
+			if e.Name == "DEVICE_DELETED" {
+				if _, err := a.refreshDisks(ctx, v, r, s); err != nil {
+					a.log.Debug("disks unknown", "vm", v.name(), "error", err)
+				}
+			} else {
+				status = e.Name != "VSERPORT_CHANGE" && e.Name != "RESET"
+			}
+		}
+		if !status {
+			continue
+		}
+		if err := r.refreshStatus(ctx, s); err != nil {
+			a.log.Debug("run state unknown", "vm", v.name(), "error", err)
+		}
+		again = nil
+		if r.inPassing() {
+			again = time.After(passing)
+		}
+	}
+}
+
+// inPassing reports whether the run state is one that ends by itself.
+func (r *run) inPassing() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch monitor.RunState(r.status) {
+	case monitor.RunStateFinishMigrate, monitor.RunStateSaveVM, monitor.RunStateRestoreVM, monitor.RunStateInMigrate:
+		return true
+	default:
+		return false
+	}
 }
 
 // event takes in what an event says by itself. It runs under r.mu.
@@ -246,7 +284,8 @@ func (r *run) refreshStatus(ctx context.Context, s *monitor.Session) error {
 	}
 	r.mu.Lock()
 	r.status = string(st.Status)
-	if st.Status == "postmigrate" {
+	switch st.Status {
+	case monitor.RunStatePostMigrate, monitor.RunStateFinishMigrate:
 		r.how = endedByMigration
 	}
 	r.mu.Unlock()

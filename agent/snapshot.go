@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
@@ -87,6 +88,9 @@ type cut struct {
 
 func (c *cut) warn(code, disk, message string) {
 	w := op.Warning{Code: code, Disk: disk, Message: message}
+	if slices.Contains(c.warnings, w) {
+		return // another attempt at the same
+	}
 	c.warnings = append(c.warnings, w)
 	c.o.Warn(w)
 }
@@ -128,10 +132,7 @@ func (c *cut) take(ctx context.Context, cannotFreeze string) error {
 			return err
 		}
 	}
-	if err := c.o.Step(ctx, "settle", c.settle); err != nil {
-		return err
-	}
-	return c.o.Step(ctx, "commit", c.commit)
+	return c.finish(ctx)
 }
 
 // build makes the overlays' files and their nodes in QEMU.
@@ -229,7 +230,11 @@ func (c *cut) tryFreeze(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	over := false // the guard has been told to end
 	c.o.Revert("thaw the guest", func(context.Context) error {
+		if over {
+			return nil
+		}
 		err := g.Close()
 		c.endFreeze(c.vm, g, err)
 		return err
@@ -243,11 +248,19 @@ func (c *cut) tryFreeze(ctx context.Context) error {
 	if err != nil {
 		thaw := g.Close()
 		c.endFreeze(c.vm, g, thaw)
-		return errors.Join(err, thaw)
+		if over = true; thaw != nil {
+			c.thawUnresolved(thaw)
+		}
+		return err
 	}
 	c.guard, c.frozen = g, frozen
 	c.setFrozen(c.vm, c.o.ID(), frozen, nil)
 	return nil
+}
+
+// thawUnresolved records that the guest may stay frozen.
+func (c *cut) thawUnresolved(err error) {
+	c.warn(warnThawUnresolved, "", "the guard goes on thawing the guest: "+err.Error())
 }
 
 func (c *cut) notQuiesced(reason string) {
@@ -312,7 +325,7 @@ func (c *cut) thawGuest(ctx context.Context) error {
 	switch {
 	case err != nil:
 		c.notQuiesced("the thaw went wrong")
-		c.warn(warnThawUnresolved, "", "the guard goes on thawing the guest: "+err.Error())
+		c.thawUnresolved(err)
 	case !thawed.Verified:
 		c.notQuiesced(thawed.Reason)
 	}
@@ -320,5 +333,8 @@ func (c *cut) thawGuest(ctx context.Context) error {
 		c.cfg.OnFreezeWindow(thawed.Window)
 	}
 	c.endFreeze(c.vm, c.guard, err)
-	return c.o.Journal(ctx, entryThawed, c.quiesce)
+	if err := c.o.Journal(ctx, entryThawed, c.quiesce); err != nil {
+		c.o.Logger().Warn("recovery would take the guest for not frozen", "error", err)
+	}
+	return nil
 }

@@ -147,10 +147,7 @@ func (c *cut) takeStopped(ctx context.Context, offline bool) error {
 		return err
 	}
 	ctx = context.WithoutCancel(ctx)
-	if err := o.Step(ctx, "settle", c.settle); err != nil {
-		return err
-	}
-	if err := o.Step(ctx, "commit", c.commit); err != nil {
+	if err := c.finish(ctx); err != nil {
 		return err
 	}
 	if err := closeAll(locks); err != nil {

@@ -12,6 +12,11 @@ import (
 // errEnded is the cause of the end of a recipe's context after its return.
 var errEnded = errors.New("the operation has ended")
 
+// ErrLeave is what a recipe returns that cannot come to an end before the daemon
+// does. The operation stays unfinished in the store, and nothing is reverted, so
+// that the next daemon takes it over. It goes on holding its VM.
+var ErrLeave = errors.New("the operation is left to the next daemon")
+
 // launch runs the recipe, from the durable start to the durable end.
 func (o *Op) launch(ctx context.Context, recipe Recipe) {
 	ctx, abort := context.WithCancelCause(context.WithoutCancel(ctx))
@@ -108,6 +113,10 @@ func (o *Op) end(ctx context.Context, err error) {
 		o.close(ctx, eventSucceed, nil)
 		return
 	}
+	if errors.Is(err, ErrLeave) {
+		o.leave()
+		return
+	}
 	failure, e := failureOf(err), eventFail
 	if o.gaveIn(err) {
 		failure.Kind, e = fault.Cancelled, eventStop
@@ -122,6 +131,16 @@ func (o *Op) end(ctx context.Context, err error) {
 		}
 	}
 	o.close(ctx, e, failure)
+}
+
+// leave keeps the operation as it is in the store: unfinished, with its journal.
+func (o *Op) leave() {
+	o.save.stop()
+	o.publish.stop()
+	o.saving.Lock() // what is being written is the last
+	defer o.saving.Unlock()
+	o.runner.forget(o)
+	o.log.Warn("the operation is left to the next daemon")
 }
 
 // gaveIn reports whether err is the recipe's way to say that it noticed the

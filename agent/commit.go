@@ -108,6 +108,9 @@ func (c *cut) commit(ctx context.Context) error {
 		return err
 	}
 	c.o.SetSnapshot(s.ID)
+	for _, d := range c.disks {
+		c.o.Logger().Info("disk snapshotted", "disk", d.Device, "layer", d.dir.Path(d.Base), "overlay", d.dir.Path(d.Overlay))
+	}
 	if c.partial {
 		c.o.SetPartial()
 	}

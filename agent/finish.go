@@ -24,13 +24,15 @@ func (c *cut) finish(ctx context.Context) error {
 // only repeat is returned: commit has recorded the layers then.
 func (c *cut) untilDone(f func(context.Context) error) func(context.Context) error {
 	return func(ctx context.Context) error {
-		for {
+		for told := false; ; told = true {
 			err := f(ctx)
 			if err == nil || fault.Of(err) == fault.NotQuiesced || fault.Of(err) == fault.Exists {
 				return err
 			}
 			c.o.Logger().Error("the snapshot cannot be finished yet", "error", err)
-			c.warn(warnNotSettled, "", "the disks are cut; what comes after is tried again each second: "+err.Error())
+			if !told { // the log has the rest: this may go on for hours
+				c.warn(warnNotSettled, "", "the disks are cut; what comes after is tried again each second: "+err.Error())
+			}
 			select {
 			case <-c.stopping:
 				return op.ErrLeave

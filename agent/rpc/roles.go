@@ -138,7 +138,7 @@ func permit(ctx context.Context, roles Roles, log hclog.Logger, procedure string
 		return nil
 	}
 	log.Warn("call refused", "procedure", procedure, "uid", peer.UID, "pid", peer.PID,
-		"role", role, "needed", need, "identified", known, "listed", listed)
+		"role", role.String(), "needed", need.String(), "identified", known, "listed", listed)
 	switch {
 	case role == NoRole:
 		return wireError(fault.New(fault.Denied, "uid %d has no role here", peer.UID).

@@ -60,17 +60,18 @@ no configuration. vmsnap is its command line.`,
 	}
 	root.PersistentFlags().StringVar(&file, "config", defaultConfigFile, "configuration `file`")
 	c.flags(root.PersistentFlags())
-	root.AddCommand(guardCommand(code), launchGuardCommand(), thawCommand(&c, &file))
+	root.AddCommand(guardCommand(&c, code), launchGuardCommand(), thawCommand(&c, &file))
 	return root
 }
 
-// guardCommand is the process that holds a freeze. Only the daemon starts it.
-func guardCommand(code *int) *cobra.Command {
+// guardCommand is the process that holds a freeze. Only the daemon starts it,
+// and tells it how to log.
+func guardCommand(c *config, code *int) *cobra.Command {
 	return &cobra.Command{
 		Use: "guard", Hidden: true, Args: cobra.NoArgs,
 		Short: "Hold a freeze, and thaw at its lease's end (started by vmsnapd)",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			*code = freeze.Main(cmd.Context(), hclog.LoggerOptions{Name: "vmsnapd.guard", Level: hclog.Info})
+			*code = freeze.Main(cmd.Context(), logOptions(*c, "vmsnapd.guard"))
 			return nil
 		},
 	}
@@ -115,9 +116,12 @@ func thawCommand(c *config, file *string) *cobra.Command {
 }
 
 func logger(c config) hclog.Logger {
-	return hclog.New(&hclog.LoggerOptions{
-		Name: "vmsnapd", Level: hclog.LevelFromString(c.LogLevel), JSONFormat: c.LogFormat == "json", Output: os.Stderr,
-	})
+	options := logOptions(c, "vmsnapd")
+	return hclog.New(&options)
+}
+
+func logOptions(c config, name string) hclog.LoggerOptions {
+	return hclog.LoggerOptions{Name: name, Level: hclog.LevelFromString(c.LogLevel), JSONFormat: c.LogFormat == "json", Output: os.Stderr}
 }
 
 func freezing(c config, log hclog.Logger) (freeze.Config, error) {
@@ -126,7 +130,8 @@ func freezing(c config, log hclog.Logger) (freeze.Config, error) {
 		return freeze.Config{}, err
 	}
 	return freeze.Config{
-		Executable: []string{self, "guard"}, Dir: filepath.Join(c.StateDir, "leases"), Logger: log.Named("freeze"),
+		Executable: []string{self, "guard", "--log-level", c.LogLevel, "--log-format", c.LogFormat},
+		Dir:        filepath.Join(c.StateDir, "leases"), Logger: log.Named("freeze"),
 	}, nil
 }
 

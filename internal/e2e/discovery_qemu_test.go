@@ -332,7 +332,7 @@ func TestQEMUKeepsItsIdentity(t *testing.T) {
 // files of VMs. The daemon names file and line, and does not start.
 func TestWrongSettingsStopTheDaemon(t *testing.T) {
 	for name, c := range map[string]struct{ config, vms, want string }{
-		"unknown setting":      {"log-level: info\nlog-levle: info\n", "", "vmsnapd.yaml:2: log-levle"},
+		"unknown setting":      {"log-level: info\nlog-severity: info\n", "", "vmsnapd.yaml:2: log-severity"},
 		"wrong value":          {"# what is logged\nlog-format: text\nlog-level: loud\n", "", "vmsnapd.yaml:3: log-level"},
 		"wrong type":           {"log-level: info\nscan-only: perhaps\n", "", "vmsnapd.yaml:2: scan-only"},
 		"no such group":        {"log-level: info\nviewers: [no-such-group-1]\n", "", "vmsnapd.yaml:2: viewers"},

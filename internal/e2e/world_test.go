@@ -164,7 +164,7 @@ func (h *host) guards() []string {
 			continue // it has ended
 		}
 		args := strings.Split(strings.TrimRight(string(line), "\x00"), "\x00")
-		if len(args) != 2 || !strings.HasPrefix(args[0], binaries) {
+		if len(args) < 2 || !strings.HasPrefix(args[0], binaries) || !strings.HasSuffix(args[1], "guard") {
 			continue
 		}
 		pid := filepath.Base(filepath.Dir(path))

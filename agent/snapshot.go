@@ -112,6 +112,21 @@ func (c *cut) take(ctx context.Context, cannotFreeze string) error {
 		steps = 5 // no freeze, no thaw
 	}
 	c.o.Plan(steps)
+	if err := c.toCut(ctx, cannotFreeze); err != nil {
+		return c.beforeReverts(ctx, err)
+	}
+	// The cut has happened: nothing below may undo it or be cancelled.
+	ctx = context.WithoutCancel(ctx)
+	if c.guard != nil {
+		if err := c.o.Step(ctx, "thaw", c.thawGuest); err != nil {
+			return err
+		}
+	}
+	return c.finish(ctx)
+}
+
+// toCut does everything up to the cut, and the cut.
+func (c *cut) toCut(ctx context.Context, cannotFreeze string) error {
 	if err := c.o.Step(ctx, "overlays", c.build); err != nil {
 		return err
 	}
@@ -122,17 +137,7 @@ func (c *cut) take(ctx context.Context, cannotFreeze string) error {
 			return err
 		}
 	}
-	if err := c.o.Step(ctx, "cut", c.transact); err != nil {
-		return err
-	}
-	// The cut has happened: nothing below may undo it or be cancelled.
-	ctx = context.WithoutCancel(ctx)
-	if c.guard != nil {
-		if err := c.o.Step(ctx, "thaw", c.thawGuest); err != nil {
-			return err
-		}
-	}
-	return c.finish(ctx)
+	return c.o.Step(ctx, "cut", c.transact)
 }
 
 // build makes the overlays' files and their nodes in QEMU.
@@ -176,8 +181,8 @@ func (c *cut) build(ctx context.Context) (err error) {
 // errLeftOver means that a failed overlay could not be taken back at once.
 var errLeftOver = errors.New("not all of it could be taken back")
 
-// buildOne makes one overlay. What it made is taken back at once when it fails
-// halfway, and by its revert when that fails or a later step does.
+// buildOne makes one overlay. What it made is taken back by its revert, but at
+// once when it fails and the snapshot goes on without it.
 func (c *cut) buildOne(ctx context.Context, d *cutDisk) error {
 	if err := d.makeNames(); err != nil {
 		return err
@@ -187,7 +192,10 @@ func (c *cut) buildOne(ctx context.Context, d *cutDisk) error {
 	if err == nil {
 		return nil
 	}
-	if undone := c.unbuild(context.WithoutCancel(ctx), d); undone != nil {
+	if !c.req.AllowPartial {
+		return err // the revert is next
+	}
+	if undone := c.unbuild(ctx, d); undone != nil {
 		return errors.Join(err, errLeftOver, undone)
 	}
 	return err
@@ -196,13 +204,19 @@ func (c *cut) buildOne(ctx context.Context, d *cutDisk) error {
 // unbuild removes one overlay's nodes and files. A file that a living QEMU has
 // open stays.
 func (c *cut) unbuild(ctx context.Context, d *cutDisk) error {
-	if c.run != nil && discover.Same(c.run.proc.PID, c.run.proc.StartTime) {
+	for c.run != nil && discover.Same(c.run.proc.PID, c.run.proc.StartTime) {
 		s, err := c.vm.monitorOf(c.run)
 		if err == nil {
 			err = d.overlay().Remove(ctx, s)
 		}
-		if err != nil && discover.Same(c.run.proc.PID, c.run.proc.StartTime) {
+		if err == nil {
+			break
+		}
+		if kindOf(err) != fault.Unresponsive {
 			return err
+		}
+		if waited := c.awaitAnswer(ctx); waited != nil {
+			return errors.Join(err, waited)
 		}
 	}
 	return d.removeNames()

@@ -48,7 +48,9 @@ func golden(t *testing.T, name, socket string, args []string, got output) {
 	t.Helper()
 	text := fmt.Sprintf("$ vmsnap %s\n", strings.Join(args, " ")) + section("stdout", got.stdout) +
 		section("stderr", got.stderr) + fmt.Sprintf("--- exit %d\n", got.code)
-	text = strings.ReplaceAll(text, socket, "$SOCKET")
+	if socket != "" {
+		text = strings.ReplaceAll(text, socket, "$SOCKET")
+	}
 	file := filepath.Join("testdata", name+".golden")
 	if *update {
 		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {

@@ -42,6 +42,8 @@ func (k *keeper) freeze(ctx context.Context) Outcome {
 		return k.thaw(count)
 	case <-lease.C:
 		return k.thawUntilAnswered(LeaseExpired, fmt.Sprintf("the lease of %s ended before the thaw was asked for", k.Request.Lease))
+	case <-k.Request.QEMU.ended(k.Request.Lease):
+		return k.thawUntilAnswered(VMGone, "the QEMU process has ended")
 	case <-ctx.Done():
 		return k.thawUntilAnswered(AgentGone, "the agent closed its pipe")
 	}

@@ -91,6 +91,18 @@ func (p Process) awaitEnd(limit time.Duration) {
 	_, _ = awaitExit(context.Background(), fd, limit)
 }
 
+// ended returns a channel that is closed when the process ends within the limit.
+func (p Process) ended(limit time.Duration) <-chan struct{} {
+	ended := make(chan struct{})
+	go func() {
+		p.awaitEnd(limit)
+		if !p.Alive() { // it may as well be that it could not be watched
+			close(ended)
+		}
+	}()
+	return ended
+}
+
 // awaitExit waits for the process behind a pidfd to end. It looks at the
 // context often enough to be interrupted by it.
 func awaitExit(ctx context.Context, pidfd int, limit time.Duration) (bool, error) {

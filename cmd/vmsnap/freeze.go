@@ -65,17 +65,26 @@ meantime is not consistent.`,
 				if !res.Msg.GetWasFrozen() {
 					return nil // the error below says so
 				}
-				p.line("%s is thawed after %s", args[0], brief(res.Msg.GetFreezeWindow().AsDuration().Round(time.Millisecond)))
+				if window := res.Msg.GetFreezeWindow().AsDuration(); window > 0 {
+					p.line("%s is thawed after %s", args[0], brief(window.Round(time.Millisecond)))
+				} else {
+					p.line("%s is thawed: something else had frozen it", args[0])
+				}
 				return nil
 			}})
 			if err != nil || res.Msg.GetWasFrozen() {
 				return err
 			}
-			return &exitError{
+			notFrozen := &exitError{
 				code:    vmsnapv1.ErrorCode_ERROR_CODE_NOT_QUIESCED,
 				message: args[0] + " was no longer frozen when it was thawed",
 				hint:    "what was read of it in the meantime is not consistent; a longer --lease may help",
 			}
+			if res.Msg.GetFreezeWindow().AsDuration() == 0 {
+				notFrozen.message = args[0] + " was not frozen"
+				notFrozen.hint = "what was read of it in the belief that it was is not consistent; vmsnap operation list tells whether a lease has ended"
+			}
+			return notFrozen
 		},
 	}
 }

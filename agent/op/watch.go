@@ -26,6 +26,13 @@ func (r *Runner) Watch(ctx context.Context, id string) iter.Seq2[Record, error] 
 			}
 			select {
 			case <-changed:
+			case <-o.done:
+				if rec, _ = o.look(); rec.State.Final() {
+					yield(rec, nil)
+				} else {
+					yield(rec, abandoned(rec)) // left to the next daemon
+				}
+				return
 			case <-ctx.Done():
 				yield(rec, context.Cause(ctx))
 				return

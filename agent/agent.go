@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"sync"
 	"time"
@@ -38,6 +39,11 @@ type Agent struct {
 	ops       *op.Runner
 	overrides []discover.Override
 
+	// recording is held while a VM's coming, going or being forgotten is
+	// recorded, so that the catalog has them in the order in which they
+	// happened. It is taken before mu, and mu before that of a vm.
+	recording sync.Mutex
+
 	mu  sync.RWMutex
 	vms map[string]*vm // by catalog id
 	// stopping is closed when Run begins to wait for the recipes: those that
@@ -70,7 +76,7 @@ func (a *Agent) Close() error { return a.catalog.Close() }
 // Run thaws what an earlier agent left frozen, finds the VMs, finishes or
 // reverts what an earlier agent left unfinished, and then follows the host
 // until ctx ends. ready is called once requests can be served. It returns
-// after every recipe has come to its end.
+// after every recipe has come to its end, or shutdownGrace later.
 func (a *Agent) Run(ctx context.Context, ready func()) error {
 	leftovers := a.thawLeftovers(ctx)
 	if err := a.loadCatalog(ctx); err != nil {
@@ -102,8 +108,15 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
 	defer cancel()
 	err = a.ops.Shutdown(stop)
-	a.group.Wait()
-	return errors.Join(err, a.catalog.Close())
+	a.giveUpRecovery()
+	ended := make(chan struct{})
+	go func() { a.group.Wait(); close(ended) }()
+	select {
+	case <-ended:
+		return errors.Join(err, a.catalog.Close())
+	case <-stop.Done(): // what still runs needs the catalog, and the next agent takes it over
+		return errors.Join(err, fmt.Errorf("not everything has ended %s after the stop", shutdownGrace))
+	}
 }
 
 // purge forgets request ids that are older than they are kept for.

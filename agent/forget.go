@@ -21,6 +21,8 @@ func (a *Agent) Forget(ctx context.Context, ref string, release bool) ([]string,
 	if id, busy := a.ops.Running(v.id); busy {
 		return nil, fault.New(fault.Busy, "VM %s: operation %s is running", v.name(), id)
 	}
+	a.recording.Lock() // nobody starts it meanwhile
+	defer a.recording.Unlock()
 	v.mu.Lock()
 	running, layers, unsettled := len(v.runs) > 0, v.layers, ""
 	for _, d := range v.disks {

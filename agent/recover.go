@@ -35,11 +35,15 @@ func (a *Agent) thawLeftovers(ctx context.Context) []freeze.Recovered {
 // showUnresolved marks the VMs whose guests could not be thawed yet.
 func (a *Agent) showUnresolved(recoveries []freeze.Recovered) {
 	for _, r := range recoveries {
+		a.mu.RLock()
 		v := a.vms[r.Lease.Request.VMID]
+		a.mu.RUnlock()
 		if v == nil || r.Guard == nil || r.Resolved() {
 			continue
 		}
+		v.mu.Lock() // the metrics are served already
 		v.freeze = &FreezeView{Since: r.Lease.Since, Deadline: r.Lease.Deadline, Operation: r.Lease.Request.Operation, Unresolved: true}
+		v.mu.Unlock()
 		a.awaitThaw(v, r.Guard)
 	}
 }
@@ -86,11 +90,26 @@ func (a *Agent) recover(ctx context.Context) {
 
 // recovered lets others change a VM's disks again.
 func (a *Agent) recovered(ctx context.Context, v *vm) {
+	v.release()
+	a.settleStopped(ctx, v)
+	a.lookAgain(ctx, v)
+}
+
+// release lets go of the layers that were held since the agent's start.
+func (v *vm) release() {
 	if v.unfinished.CompareAndSwap(true, false) {
 		v.changing.Unlock()
 	}
-	a.settleStopped(ctx, v)
-	a.lookAgain(ctx, v)
+}
+
+// giveUpRecovery releases the VMs that recovery has not come to before the agent
+// stops, so that nothing waits for them. No operation can start any more.
+func (a *Agent) giveUpRecovery() {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	for _, v := range a.vms {
+		v.release()
+	}
 }
 
 // recoverOne brings one unfinished operation to its end.

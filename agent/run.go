@@ -79,16 +79,17 @@ func (a *Agent) follow(ctx context.Context, v *vm, r *run) {
 		s, socket, err := dialFree(ctx, r.proc)
 		if err != nil {
 			r.setProblem(a.dialProblem(r, err))
-			select {
-			case <-ctx.Done():
-			case <-time.After(wait):
+		} else {
+			if a.attend(ctx, v, r, s, socket) {
+				wait = dialFirst
 			}
-			wait = min(2*wait, dialLast)
-			continue
+			_ = s.Close()
 		}
-		wait = dialFirst
-		a.attend(ctx, v, r, s, socket)
-		_ = s.Close()
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, dialLast)
 	}
 }
 
@@ -149,8 +150,8 @@ func (r *run) setProblem(p *Problem) {
 }
 
 // attend serves one session: it learns what QEMU tells and follows its events
-// until the session ends.
-func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, socket string) {
+// until the session ends. It reports whether QEMU told what is needed.
+func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, socket string) bool {
 	sub := s.Subscribe(64, "STOP", "RESUME", "SHUTDOWN", "RESET", "SUSPEND", "WAKEUP", "GUEST_PANICKED", "MIGRATION",
 		"VSERPORT_CHANGE", "DEVICE_DELETED", "BLOCK_IO_ERROR")
 	defer sub.Close()
@@ -160,7 +161,7 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 	if err != nil {
 		a.log.Warn("a VM's monitor does not tell what is needed", "vm", v.name(), "socket", socket, "error", err)
 		r.setProblem(&Problem{"monitor-unresponsive", err.Error(), "check whether QEMU is stopped or hung"})
-		return
+		return false
 	}
 	r.mu.Lock()
 	r.session, r.socket, r.problem = s, socket, nil
@@ -177,6 +178,7 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 	r.session = nil
 	r.problem = &Problem{"monitor-lost", "the monitor session ended", "vmsnapd connects again by itself"}
 	r.mu.Unlock()
+	return true
 }
 
 // passing is how often a run state is asked for that QEMU leaves without an

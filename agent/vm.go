@@ -136,6 +136,8 @@ func (a *Agent) started(ctx context.Context, p discover.Process) {
 		a.log.Debug("a QEMU process is left alone", "vm", displayName(p), "pid", p.PID)
 		return
 	}
+	a.recording.Lock()
+	defer a.recording.Unlock()
 	now := time.Now()
 	rec, err := a.catalog.UpsertVM(ctx, catalog.VM{
 		Name: displayName(p), UUID: p.UUID, Identity: identity(p), Unit: p.Cgroup.Unit,
@@ -148,18 +150,18 @@ func (a *Agent) started(ctx context.Context, p discover.Process) {
 	a.mu.Lock()
 	v := a.vms[rec.ID]
 	if v == nil {
-		v = &vm{id: rec.ID}
+		v = &vm{id: rec.ID, rec: rec}
 		a.vms[rec.ID] = v
 	}
 	a.mu.Unlock()
 	r := newRun(p)
+	runCtx, cancel := context.WithCancel(ctx)
+	r.cancel = cancel
 	v.mu.Lock()
 	v.rec = rec
 	v.runs = append(v.runs, r)
 	v.mu.Unlock()
 	a.log.Info("VM started", "vm", rec.Name, "pid", p.PID, "unit", p.Cgroup.Unit)
-	runCtx, cancel := context.WithCancel(ctx)
-	r.cancel = cancel
 	a.group.Go(func() { a.follow(runCtx, v, r) })
 }
 
@@ -177,13 +179,23 @@ func (a *Agent) exited(ctx context.Context, p discover.Process) {
 	})
 }
 
-// ended takes a process off its VM, and records how the VM stopped when no
-// other process of it runs.
+// ended takes a process off its VM, and settles the VM when no other process of
+// it runs.
 func (a *Agent) ended(ctx context.Context, v *vm, r *run, how string) {
+	if a.takeOff(ctx, v, r, how) {
+		a.settleStopped(ctx, v)
+	}
+}
+
+// takeOff takes a process off its VM. When it was the last it records how the
+// VM stopped.
+func (a *Agent) takeOff(ctx context.Context, v *vm, r *run, how string) (last bool) {
+	a.recording.Lock()
+	defer a.recording.Unlock()
 	v.mu.Lock()
 	v.runs = slices.DeleteFunc(v.runs, func(other *run) bool { return other == r })
 	v.rec.LastSeen = time.Now()
-	last := len(v.runs) == 0
+	last = len(v.runs) == 0
 	if last {
 		v.rec.Stopped = how
 	}
@@ -191,12 +203,12 @@ func (a *Agent) ended(ctx context.Context, v *vm, r *run, how string) {
 	v.mu.Unlock()
 	a.log.Info("VM stopped", "vm", rec.Name, "pid", r.proc.PID, "how", how)
 	if !last {
-		return
+		return false
 	}
 	if _, err := a.catalog.UpsertVM(context.WithoutCancel(ctx), rec); err != nil {
 		a.log.Error("the end of a VM cannot be recorded", "vm", rec.Name, "error", err)
 	}
-	a.settleStopped(ctx, v)
+	return true
 }
 
 func (a *Agent) runOf(p discover.Process) (*vm, *run) {

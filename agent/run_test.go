@@ -1,0 +1,71 @@
+package agent
+
+import (
+	"context"
+	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/monitor/monitortest"
+)
+
+// self is this process, which does not end before the test.
+func self(t *testing.T) discover.Process {
+	t.Helper()
+	stat, err := os.ReadFile("/proc/self/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	start, err := strconv.ParseUint(fields[19], 10, 64) // the 22nd of all
+	if err != nil {
+		t.Fatal(err)
+	}
+	return discover.Process{PID: os.Getpid(), StartTime: start}
+}
+
+// TestFollowDoesNotHammer has a QEMU that greets and then cannot say what is
+// needed of it.
+func TestFollowDoesNotHammer(t *testing.T) {
+	srv := monitortest.NewServer(t)
+	var asked atomic.Int32
+	srv.Handle("query-status", func(monitortest.Request) monitortest.Reply {
+		asked.Add(1)
+		return monitortest.Return("no status")
+	})
+	p := self(t)
+	p.QMP = []discover.Socket{{Path: srv.Path()}}
+	a := &Agent{log: hclog.NewNullLogger()}
+	r := newRun(p)
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	a.follow(ctx, &vm{rec: catalog.VM{Name: "web"}}, r)
+	// 20, 40, 80, 160 and 320 ms apart, so five attempts at most.
+	if n := asked.Load(); n < 2 || n > 6 {
+		t.Errorf("it was asked %d times", n)
+	}
+	if r.problem == nil || r.session != nil {
+		t.Errorf("problem %+v", r.problem)
+	}
+}
+
+// TestStopReleasesWhatRecoveryDidNotReach has something wait for a VM whose
+// recovery never began.
+func TestStopReleasesWhatRecoveryDidNotReach(t *testing.T) {
+	v := &vm{}
+	v.unfinished.Store(true)
+	v.changing.Lock()
+	a := &Agent{vms: map[string]*vm{"1": v}}
+	a.giveUpRecovery()
+	a.giveUpRecovery() // recovery and the stop may both come to it
+	if !v.changing.TryLock() {
+		t.Error("the VM is still held")
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -200,12 +201,21 @@ func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Sess
 			r.mu.Lock()
 			r.event(e)
 			r.mu.Unlock()
-			if e.Name == "DEVICE_DELETED" {
+			switch e.Name {
+			case "RESET":
+			case "DEVICE_DELETED":
 				if _, err := a.refreshDisks(ctx, v, r, s); err != nil {
 					a.log.Debug("disks unknown", "vm", v.name(), "error", err)
 				}
-			} else {
-				status = e.Name != "VSERPORT_CHANGE" && e.Name != "RESET"
+			case "VSERPORT_CHANGE":
+				if r.proc.GuestAgent.Chardev != "" {
+					continue // the event has said it
+				}
+				if err := r.refreshPresence(ctx, s); err != nil {
+					a.log.Debug("guest agent unknown", "vm", v.name(), "error", err)
+				}
+			default:
+				status = true
 			}
 		}
 		if !status {
@@ -258,7 +268,7 @@ func (r *run) event(e monitor.Event) {
 	case "RESUME":
 		r.how = ""
 	case "VSERPORT_CHANGE":
-		if data.ID != "" && data.ID == r.proc.GuestAgentDevice {
+		if data.ID != "" && data.ID == r.proc.GuestAgentDevice && r.proc.GuestAgent.Chardev != "" {
 			r.presence = presenceOf(data.Open)
 		}
 	}
@@ -302,9 +312,11 @@ func presenceOf(open bool) Presence {
 }
 
 // refreshPresence reads whether something in the guest has the agent's port
-// open: query-chardev's frontend-open.
+// open: query-chardev's frontend-open. A socket that the configuration names is
+// found by its path.
 func (r *run) refreshPresence(ctx context.Context, s *monitor.Session) error {
-	if r.proc.GuestAgent.Path == "" || r.proc.GuestAgent.Chardev == "" {
+	agent := r.proc.GuestAgent
+	if agent.Path == "" {
 		return nil
 	}
 	devs, err := s.QueryChardev(ctx)
@@ -314,7 +326,7 @@ func (r *run) refreshPresence(ctx context.Context, s *monitor.Session) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, d := range devs {
-		if d.Label == r.proc.GuestAgent.Chardev {
+		if d.Label == agent.Chardev || agent.Chardev == "" && strings.Contains(d.Filename, "unix:"+agent.Path+",") {
 			r.presence = presenceOf(d.FrontendOpen)
 		}
 	}

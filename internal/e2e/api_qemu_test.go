@@ -50,6 +50,14 @@ func TestQEMUOneDaemonForAllItsClients(t *testing.T) {
 		thawed(t, g)
 		h.signal(syscall.SIGTERM)
 		h.logIsJSON(g)
+		named := prepareHost(t)
+		text := fmt.Sprintf("match:\n  uuid: %s\nguest-agent: %s\n", g.UUID, g.AgentSocket())
+		if err := os.WriteFile(named.path("vms.d/vm.yaml"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		named.start()
+		t.Cleanup(named.end)
+		named.agentComesAndGoes(g)
 	})
 }
 

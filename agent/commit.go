@@ -51,7 +51,7 @@ func (c *cut) settle(ctx context.Context) error {
 			c.warn(warnNotSettled, d.Device, err.Error())
 		}
 		if c.session != nil {
-			if err := d.reopenBacking(ctx, c.session); err != nil {
+			if err := c.reopenBacking(ctx, d); err != nil {
 				c.warn(warnBackingNotReopened, d.Device, err.Error())
 			}
 		}
@@ -65,6 +65,33 @@ func (c *cut) settle(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// errReopenCrashes is why a backing is not reopened. The old name is in the way
+// of a merge only, and is gone when the VM is started again.
+var errReopenCrashes = errors.New("a QEMU before 9.0 with iothreads crashes when the backing of a running disk is reopened; " +
+	"it goes on calling the covered layer by the launch path until the VM is started again")
+
+// reopenBacking takes the launch path's name out of QEMU, where that is safe.
+// Before 9.0 removed the lock of AioContexts, blockdev-reopen unlocked that of
+// another thread when the disk ran in an iothread, and QEMU aborted (tried on
+// 7.2). Which devices those are cannot be told for certain from outside.
+func (c *cut) reopenBacking(ctx context.Context, d *cutDisk) error {
+	if d.reopened() {
+		return nil
+	}
+	if !c.session.AtLeast(9, 0) {
+		var threads []struct {
+			ID string `json:"id"`
+		}
+		if err := c.session.Execute(ctx, "query-iothreads", nil, &threads); err != nil {
+			return err
+		}
+		if len(threads) > 0 {
+			return errReopenCrashes
+		}
+	}
+	return d.reopenBacking(ctx, c.session)
 }
 
 // protect makes the covered layer immutable, or at least read-only, unless

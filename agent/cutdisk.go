@@ -163,11 +163,12 @@ func (c *cutDisk) coverLaunch() error {
 	return c.dir.SetImmutable(c.Base, true)
 }
 
-// reopenBacking takes the launch path's name out of QEMU. It is not needed
-// when QEMU opened the base by its permanent name.
+// reopened reports whether QEMU calls the base by its permanent name.
+func (c *cutDisk) reopened() bool {
+	return !c.NewName && filepath.Base(c.base.Filename) == c.Base
+}
+
+// reopenBacking takes the launch path's name out of QEMU.
 func (c *cutDisk) reopenBacking(ctx context.Context, m blockdev.Monitor) error {
-	if !c.NewName && filepath.Base(c.base.Filename) == c.Base {
-		return nil
-	}
 	return c.overlay().ReopenBacking(ctx, m, nodePrefix+c.BaseID, c.base.Node.Child("backing"), c.base.Filename, c.dir.Path(c.Launch))
 }

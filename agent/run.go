@@ -189,6 +189,7 @@ const passing = 100 * time.Millisecond
 // followEvents takes in QEMU's events until the session ends.
 func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Session, sub *monitor.Subscription) {
 	var again <-chan time.Time
+	var lost uint64
 	for {
 		status := false
 		select {
@@ -201,6 +202,10 @@ func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Sess
 			r.mu.Lock()
 			r.event(e)
 			r.mu.Unlock()
+			if n := sub.Lost(); n != lost {
+				lost = n
+				a.makeUp(ctx, v, r, s)
+			}
 			switch e.Name {
 			case "RESET":
 			case "DEVICE_DELETED":
@@ -228,6 +233,18 @@ func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Sess
 		if r.inPassing() {
 			again = time.After(passing)
 		}
+	}
+}
+
+// makeUp asks QEMU what events that were lost may have said. How the VM is going
+// to end is not known any more.
+func (a *Agent) makeUp(ctx context.Context, v *vm, r *run, s *monitor.Session) {
+	a.log.Warn("events of a VM were lost", "vm", v.name())
+	r.mu.Lock()
+	r.how = ""
+	r.mu.Unlock()
+	if _, err := a.learn(ctx, v, r, s); err != nil {
+		a.log.Warn("a VM's monitor does not tell what is needed", "vm", v.name(), "error", err)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/monitor"
 	"github.com/vmsnap/vmsnap/monitor/monitortest"
 )
 
@@ -68,4 +69,61 @@ func TestStopReleasesWhatRecoveryDidNotReach(t *testing.T) {
 	if !v.changing.TryLock() {
 		t.Error("the VM is still held")
 	}
+}
+
+// TestLostEventsAreMadeUpFor has the event that a VM stands still lost among
+// others.
+func TestLostEventsAreMadeUpFor(t *testing.T) {
+	srv := monitortest.NewServer(t)
+	asked, answer := make(chan struct{}), make(chan struct{})
+	var n atomic.Int32
+	srv.Handle("query-status", func(monitortest.Request) monitortest.Reply {
+		if n.Add(1) > 1 {
+			return monitortest.Return(map[string]any{"status": "paused", "running": false})
+		}
+		close(asked)
+		<-answer
+		return monitortest.Return(map[string]any{"status": "running", "running": true})
+	})
+	s, err := monitor.Dial(t.Context(), srv.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sub := s.Subscribe(2, "RESUME", "VSERPORT_CHANGE", "STOP")
+	a, r := &Agent{log: hclog.NewNullLogger()}, newRun(self(t))
+	ended := make(chan struct{})
+	go func() { a.followEvents(t.Context(), &vm{}, r, s, sub); close(ended) }()
+	srv.Emit("RESUME", nil)
+	<-asked
+	r.mu.Lock()
+	r.how = endedByShutdown
+	r.mu.Unlock()
+	srv.Flood("VSERPORT_CHANGE", 5)
+	srv.Emit("STOP", nil)
+	deadline := time.After(10 * time.Second)
+	for sub.Lost() != 4 {
+		select {
+		case <-deadline:
+			t.Fatalf("%d events are lost", sub.Lost())
+		case <-time.After(time.Millisecond): // nothing announces a loss
+		}
+	}
+	close(answer)
+	for {
+		r.mu.Lock()
+		status, how := r.status, r.how
+		r.mu.Unlock()
+		if status == "paused" && how == "" {
+			break
+		}
+		select {
+		case <-deadline:
+			t.Fatalf("shown as %q, its end as %q", status, how)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	<-ended
 }

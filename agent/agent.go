@@ -91,10 +91,13 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	a.watcher = w
 	a.mu.Unlock()
 	a.group.Go(func() { a.purge(ctx) })
+	// Recipes that come to their end when ctx has ended need QEMU for that.
+	sessions, closeSessions := context.WithCancel(context.WithoutCancel(ctx))
+	defer closeSessions()
 	for e := range w.Events() {
 		switch e.Kind {
 		case discover.Started:
-			a.started(ctx, e.Process)
+			a.started(sessions, e.Process)
 		case discover.Exited:
 			a.exited(ctx, e.Process)
 		case discover.Listed:
@@ -108,6 +111,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
 	defer cancel()
 	err = a.ops.Shutdown(stop)
+	closeSessions()
 	a.giveUpRecovery()
 	ended := make(chan struct{})
 	go func() { a.group.Wait(); close(ended) }()

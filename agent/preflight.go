@@ -94,7 +94,8 @@ func (a *Agent) PlanSnapshot(ctx context.Context, req SnapshotRequest) (Plan, er
 	}
 	defer p.close()
 	if id, busy := a.ops.Running(v.id); busy {
-		p.refuse(fault.New(fault.Busy, "VM %s: operation %s is running", v.name(), id))
+		busy := fault.New(fault.Busy, "VM %s: operation %s is running", v.name(), id)
+		p.plan.Blockers = slices.Insert(p.plan.Blockers, 0, busy) // it is why disks are not known
 	}
 	if err := p.blocker(req.Strict); err != nil && len(p.plan.Blockers) == 0 {
 		p.refuse(fault.New(fault.Of(err), "%w", err))

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
 )
@@ -90,7 +91,7 @@ func TestQEMUTheAnswerIsLost(t *testing.T) {
 				}
 				g.release(c.how)
 				if c.stopped {
-					b.eventually(20e9, "the answer is lost", func() error {
+					b.eventually(20*time.Second, "the answer is lost", func() error {
 						if !strings.Contains(b.log.String(), "outcome is unknown") {
 							return fmt.Errorf("not yet")
 						}
@@ -128,5 +129,50 @@ func (s *still) signal(sig syscall.Signal) {
 	s.t.Helper()
 	if err := s.cmd.Process.Signal(sig); err != nil {
 		s.t.Fatal(err)
+	}
+}
+
+// TestQEMUTheDaemonStopsAtEveryStep stops the daemon as an administrator does,
+// at each moment of a snapshot.
+func TestQEMUTheDaemonStopsAtEveryStep(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		b := newBench(t, q, "stops")
+		for i, m := range moments {
+			if m.past {
+				b = newBench(t, q, "stops-past")
+			}
+			b.stopsRound(m, i)
+			if t.Failed() {
+				t.FailNow()
+			}
+		}
+	})
+}
+
+func (b *bench) stopsRound(m moment, round int) {
+	b.t.Helper()
+	atCut, newest, name := 2*round+1, 2*round+2, fmt.Sprintf("s%d", round)
+	b.await(b.vm.name, "paused")
+	b.vm.write(atCut)
+	before := b.world(b.vm.own, b.vm.dir)
+	c, _, resume := b.stopAt(b.r, m, b.vm.name, name, "--quiesce", "none")
+	if err := b.daemon.Process.Signal(syscall.SIGTERM); err != nil {
+		b.t.Fatal(err)
+	}
+	resume(pass)
+	select {
+	case <-b.exited:
+	case <-time.After(20 * time.Second):
+		b.t.Fatalf("%s: the daemon does not stop:\n%s", m, b.log)
+	}
+	b.start()
+	if r := c.end(); (r.code == 0) != m.past {
+		b.t.Errorf("%s: exit code %d: %s", m, r.code, r.stderr)
+	}
+	if m.past {
+		b.vm.write(newest)
+		b.whole(b.vm, name, atCut, newest, m.String())
+	} else {
+		b.unchanged(b.vm, name, before, m.String())
 	}
 }

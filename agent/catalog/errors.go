@@ -17,7 +17,11 @@ func storeError(path string, err error) error {
 	if !errors.As(err, &e) || errors.As(err, &known) {
 		return err
 	}
-	switch e.Code() & 0xff { // the primary code
+	code := e.Code() & 0xff // the primary code
+	if e.Code() == sqlite3.SQLITE_IOERR_SHMSIZE {
+		code = sqlite3.SQLITE_FULL // the shared memory beside the database could not grow
+	}
+	switch code {
 	case sqlite3.SQLITE_FULL:
 		return fault.New(fault.NoSpace, "catalog %s: no space is left: %w", path, err).
 			WithHint("make space on the file system that holds %s", path)

@@ -450,5 +450,16 @@ func TestQEMUTheStateDirectoryIsFull(t *testing.T) {
 		}
 		b.vm.write(3)
 		b.whole(b.vm, "z", 2, 3, "full at the commit")
+
+		b.signal(syscall.SIGTERM)
+		free = fill(t, state, 0)
+		out, err := exec.Command(b.daemon.Path, b.daemon.Args[1:]...).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "no space is left") {
+			t.Errorf("full at the start: %v\n%s", err, out)
+		}
+		free()
+		b.start()
+		b.await(b.vm.name, "paused")
+		b.next("started")
 	})
 }

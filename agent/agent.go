@@ -110,7 +110,9 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	close(a.stopping)
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
 	defer cancel()
+	last := time.AfterFunc(lastAnswers, closeSessions)
 	err = a.ops.Shutdown(stop)
+	last.Stop()
 	closeSessions()
 	a.giveUpRecovery()
 	ended := make(chan struct{})
@@ -142,6 +144,12 @@ func (a *Agent) purge(ctx context.Context) {
 // shutdownGrace is how long recipes may take to come to a safe end when the
 // daemon stops. It is longer than the default freeze lease.
 const shutdownGrace = 60 * time.Second
+
+// lastAnswers is how long QEMU may take to answer once the daemon stops: a
+// healthy one takes milliseconds, and one that hangs would hold the stop up for
+// the deadline of its command. What its recipe leaves is recovered at the next
+// start.
+const lastAnswers = 2 * time.Second
 
 // Operation returns one operation.
 func (a *Agent) Operation(ctx context.Context, id string) (op.Record, error) {

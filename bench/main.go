@@ -1,0 +1,102 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/vmsnap/vmsnap/internal/testvm"
+)
+
+func main() {
+	var c config
+	flag.IntVar(&c.rounds, "rounds", 20, "how often each of vmsnap and its rival takes a snapshot, on each QEMU")
+	flag.BoolVar(&c.short, "short", false, "few rounds, as CI runs it")
+	flag.StringVar(&c.results, "results", "bench/results", "where to leave the results; empty leaves none")
+	flag.Parse()
+	if c.short {
+		c.rounds = shortRounds
+	}
+	if flag.NArg() > 0 || c.rounds < 1 {
+		flag.Usage()
+		os.Exit(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, c); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+type config struct {
+	rounds  int
+	short   bool
+	results string
+}
+
+// shortRounds is enough to see a window that has grown by half.
+const shortRounds = 5
+
+// errBudget means that something costs more than it may.
+var errBudget = errors.New("a budget is missed")
+
+func run(ctx context.Context, c config) error {
+	versions, err := testvm.Versions()
+	if err != nil {
+		return err
+	}
+	host, err := describeHost()
+	if err != nil {
+		return err
+	}
+	r := &report{host: host, rounds: c.rounds, short: c.short}
+	for i, q := range versions {
+		last := i == len(versions)-1
+		if err := measure(ctx, c, r, q, last); err != nil {
+			if ctx.Err() != nil {
+				return errors.New("interrupted")
+			}
+			return fmt.Errorf("on QEMU %s: %w", q.Name, err)
+		}
+	}
+	table := r.table()
+	fmt.Print(table)
+	if c.results != "" {
+		dir, err := r.save(c.results, table)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("\n%s\n", dir)
+	}
+	if r.missed() {
+		return errBudget
+	}
+	return nil
+}
+
+// measure takes all measurements on one QEMU; those of the API only if asked.
+func measure(ctx context.Context, c config, r *report, q testvm.QEMU, api bool) (err error) {
+	s, err := newScene(ctx, q)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.end()) }()
+	r.host.qemus = append(r.host.qemus, "QEMU "+s.version)
+	progress("QEMU %s: freeze windows", s.version)
+	if err := s.measureWindows(ctx, c, r); err != nil {
+		return err
+	}
+	if !api {
+		return nil
+	}
+	progress("QEMU %s: API", s.version)
+	return s.measureAPI(ctx, c, r)
+}
+
+// progress tells what is done, for whom it takes too long.
+func progress(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }

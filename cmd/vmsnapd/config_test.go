@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,7 +23,7 @@ func loadConfig(t *testing.T, text string, args ...string) (config, error) {
 	if err := f.Parse(args); err != nil {
 		t.Fatal(err)
 	}
-	return c, c.load(path, true, f)
+	return c, errors.Join(c.load(path, true, f), c.checkGroups())
 }
 
 func TestConfigOrder(t *testing.T) {

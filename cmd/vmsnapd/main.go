@@ -53,6 +53,9 @@ no configuration. vmsnap is its command line.`,
 			if err := c.load(file, cmd.Flags().Changed("config"), cmd.Flags()); err != nil {
 				return err
 			}
+			if err := c.checkGroups(); err != nil {
+				return err
+			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
 			return serve(ctx, c)

@@ -95,7 +95,7 @@ func stoppedDisk(d catalog.Disk, active catalog.Layer) (*cutDisk, error) {
 
 // takeStopped is the recipe for a VM without a QEMU process. The image
 // locks keep a QEMU that starts meanwhile from opening the disks.
-func (c *cut) takeStopped(ctx context.Context, offline bool) error {
+func (c *cut) takeStopped(ctx context.Context, offline bool) (err error) {
 	o := c.o
 	o.Plan(5)
 	c.offline = offline
@@ -105,11 +105,9 @@ func (c *cut) takeStopped(ctx context.Context, offline bool) error {
 	c.vm.mu.Lock()
 	rec := c.vm.rec
 	c.vm.mu.Unlock()
-	config, err := json.Marshal(configuration{Command: rec.Command, Unit: rec.Unit, UUID: rec.UUID})
-	if err != nil {
+	if c.config, err = json.Marshal(configuration{Command: rec.Command, Unit: rec.Unit, UUID: rec.UUID}); err != nil {
 		return err
 	}
-	c.config = config
 	var locks []*blockdev.Lock
 	defer func() { _ = closeAll(locks) }()
 	err = o.Step(ctx, "overlays", func(ctx context.Context) error {

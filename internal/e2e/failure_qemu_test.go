@@ -425,11 +425,10 @@ func TestQEMUTheStateDirectoryIsFull(t *testing.T) {
 		free()
 		b.unchanged(b.vm, "x", before, "full before")
 
-		g := b.r.hold("blockdev-add", 4)
-		c := b.create(b.vm.name, "x", "--quiesce", "none")
-		g.await(b.host)
+		m := moment{step: "overlays", command: "blockdev-add", nth: 4}
+		c, _, resume := b.stopAt(b.r, m, b.vm.name, "x", "--quiesce", "none")
 		free = fill(t, state, 0)
-		g.release(pass)
+		resume(pass)
 		if r := c.end(); r.code != 6 {
 			t.Errorf("full within: exit code %d: %s", r.code, r.stderr)
 		}
@@ -438,7 +437,7 @@ func TestQEMUTheStateDirectoryIsFull(t *testing.T) {
 		b.vm.write(2)
 		b.whole(b.vm, "y", 1, 2, "full within")
 
-		g = b.r.hold("transaction", 1)
+		g := b.r.hold("transaction", 1)
 		c = b.create(b.vm.name, "z", "--quiesce", "none")
 		g.await(b.host)
 		free = fill(t, state, 0)

@@ -44,12 +44,15 @@ func (d *liveDisk) top() blockdev.Layer { return d.chain[0] }
 func (a *Agent) liveDisks(ctx context.Context, v *vm, r *run, g *blockdev.Graph, register bool) []liveDisk {
 	var disks []liveDisk
 	for _, drive := range g.Drives() {
+		chain, err := g.Chain(drive)
+		if drive.Unnamed && err == nil {
+			drive.Device = v.label(r.proc, drive.Device, chain[0])
+		}
 		launch := launchOf(r.proc, drive)
 		if drive.ReadOnly || drive.Removable || launch.CDROM || launch.Interface == "pflash" {
 			continue
 		}
 		d := liveDisk{drive: drive, launch: launch}
-		chain, err := g.Chain(drive)
 		if err != nil {
 			d.reason = err.Error()
 			disks = append(disks, d)
@@ -69,10 +72,36 @@ func (a *Agent) liveDisks(ctx context.Context, v *vm, r *run, g *blockdev.Graph,
 	return disks
 }
 
+// label returns what a disk that nobody named is called: what it was called when
+// its active layer was made, else the name of its root.
+func (v *vm) label(p discover.Process, root string, active blockdev.Layer) string {
+	file, err := p.HostPath(absolute(p, active.Filename))
+	if err != nil {
+		return root
+	}
+	info, err := blockdev.StatPath(file)
+	if err != nil {
+		return root
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, l := range v.layers {
+		if l.Dev != info.Dev || l.Ino != info.Ino {
+			continue
+		}
+		for _, d := range v.disks {
+			if d.ID == l.DiskID {
+				return d.Device
+			}
+		}
+	}
+	return root
+}
+
 // launchOf finds the drive of the launch command that a drive was made by.
 func launchOf(p discover.Process, d blockdev.Drive) discover.Drive {
 	for _, l := range p.Drives {
-		if l.ID != "" && l.ID == d.Backend || l.Device != "" && l.Device == d.Device || l.Node != "" && l.Node == d.Root {
+		if l.ID != "" && l.ID == d.Backend || l.Device != "" && l.Device == d.Device || l.Node != "" && (l.Node == d.Root || d.Unnamed && l.Node == d.Device) {
 			return l
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/blockdev"
 )
@@ -104,7 +105,7 @@ func (r *run) view(v VMView, layers []catalog.Layer) VMView {
 	}
 	v.GuestAgent = GuestAgentView{Presence: r.presence, Socket: p.GuestAgent.Path}
 	for i := range r.disks {
-		v.Disks = append(v.Disks, r.disks[i].view(p.Root, layers))
+		v.Disks = append(v.Disks, r.disks[i].view(p, layers))
 	}
 	if r.problem != nil {
 		v.Problems = append(v.Problems, *r.problem)
@@ -121,7 +122,7 @@ func (r *run) view(v VMView, layers []catalog.Layer) VMView {
 }
 
 // view shows a disk of a running VM.
-func (d *liveDisk) view(prefix string, layers []catalog.Layer) DiskView {
+func (d *liveDisk) view(p discover.Process, layers []catalog.Layer) DiskView {
 	v := DiskView{
 		Device: d.drive.Device, Node: d.drive.Root, Bus: d.launch.Interface, LaunchPath: d.rec.LaunchPath,
 		LaunchFormat: d.launch.Format, Throttled: d.drive.Throttled, IOThread: d.launch.IOThread,
@@ -131,8 +132,8 @@ func (d *liveDisk) view(prefix string, layers []catalog.Layer) DiskView {
 		if i == 0 {
 			v.VirtualSize = l.Node.VirtualSize
 		}
-		lv := LayerView{Path: l.Filename, Format: l.Node.Driver, VirtualSize: l.Node.VirtualSize}
-		if info, err := blockdev.StatPath(prefix + lv.Path); err == nil {
+		lv := LayerView{Path: absolute(p, l.Filename), Format: l.Node.Driver, VirtualSize: l.Node.VirtualSize}
+		if info, err := blockdev.StatPath(p.Root + lv.Path); err == nil {
 			lv.Allocated = info.Allocated
 			lv = known(lv, layers, info.FileID)
 		}

@@ -181,7 +181,7 @@ func TestQEMUGraphOfEachKindOfDrive(t *testing.T) {
 		for label, want := range map[string]struct {
 			driver, file string
 			throttled    bool
-		}{"a": {"qcow2", "a.qcow2", true}, "b": {"raw", "b.raw", false}, "ide0-hd0": {"qcow2", "c.qcow2", false}, "d": {"qcow2", "d.qcow2", false}} {
+		}{"a": {"qcow2", "a.qcow2", true}, "b": {"raw", "b.raw", false}, "ide0-hd0": {"qcow2", "c.qcow2", false}, "d": {"qcow2", "d.qcow2", true}} {
 			c := m.chain(g, label)
 			if len(c) != 1 || c[0].Node.Driver != want.driver || c[0].Filename != m.path(want.file) || c[0].Node.VirtualSize != 16<<20 {
 				t.Errorf("%s: %d layers, %+v", label, len(c), c[0].Node)

@@ -139,6 +139,7 @@ func ReadGraph(ctx context.Context, m Monitor) (*Graph, error) {
 	g.link(debug, jobs)
 	for _, b := range blocks {
 		if d, ok := newDrive(b); ok {
+			d.Throttled = d.Throttled || g.throttled(d)
 			g.drives = append(g.drives, d)
 		}
 	}
@@ -188,6 +189,9 @@ type Drive struct {
 	ReadOnly  bool
 	Removable bool
 	Throttled bool
+	// Unnamed means that neither the device nor a -drive has a name: Device is
+	// that of the root, and changes when the root does.
+	Unnamed bool
 }
 
 // newDrive reads one element of query-block. Devices without a medium and
@@ -200,28 +204,28 @@ func newDrive(b blockInfo) (Drive, bool) {
 		QDev: b.QDev, Backend: b.Device, Root: b.Inserted.NodeName,
 		ReadOnly: b.Inserted.ReadOnly, Removable: b.Removable, Throttled: b.Inserted.Group != "",
 	}
-	d.Device = label(b)
+	d.Device, d.Unnamed = label(b)
 	return d, true
 }
 
 // label chooses the name by which operators know a drive. QEMU gives a qdev
 // either as the id given on the command line or as a QOM path such as
 // /machine/peripheral/ID/virtio-backend; an anonymous device has no id.
-func label(b blockInfo) string {
+func label(b blockInfo) (name string, unnamed bool) {
 	if !strings.HasPrefix(b.QDev, "/") && b.QDev != "" {
-		return b.QDev
+		return b.QDev, false
 	}
 	if rest, ok := strings.CutPrefix(b.QDev, "/machine/peripheral/"); ok {
 		id, _, _ := strings.Cut(rest, "/")
-		return id
+		return id, false
 	}
 	if b.Device != "" {
-		return b.Device
+		return b.Device, false
 	}
 	if b.Inserted.NodeName != "" && !strings.HasPrefix(b.Inserted.NodeName, "#") {
-		return b.Inserted.NodeName
+		return b.Inserted.NodeName, true
 	}
-	return path.Base(b.Inserted.File)
+	return path.Base(b.Inserted.File), true
 }
 
 // Drives returns the drives in QEMU's order.
@@ -264,6 +268,22 @@ func (g *Graph) Chain(d Drive) ([]Layer, error) {
 		return nil, fmt.Errorf("block graph of %s: no layer", d.Device)
 	}
 	return chain, nil
+}
+
+// throttled reports whether one of the filters above the drive's active layer
+// limits its I/O, as it is done with -blockdev.
+func (g *Graph) throttled(d Drive) bool {
+	n := g.Nodes[d.Root]
+	for range len(g.Nodes) {
+		if n == nil || !n.filter() && !n.job() {
+			return false
+		}
+		if n.Driver == "throttle" {
+			return true
+		}
+		n = g.Nodes[n.passThrough()]
+	}
+	return false
 }
 
 // passThrough returns the child that a filter shows.

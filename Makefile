@@ -12,8 +12,9 @@ GOTOOL := go tool -modfile=tools/go.mod
 FUZZTIME ?= 10s
 TORTUREROUNDS ?= 200
 # Real guests take memory and cores, so few packages run at a time; testvm
-# itself limits how many guests run beside each other.
-TESTFLAGS ?= -p 2 -parallel 4 -timeout 30m
+# itself limits how many guests run beside each other. Results are not cached:
+# the tests start programs that the cache does not know of.
+TESTFLAGS ?= -p 2 -parallel 4 -timeout 30m -count=1
 
 .PHONY: help
 help: ## list the targets

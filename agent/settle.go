@@ -69,7 +69,7 @@ func (a *Agent) settleRecipe(ctx context.Context, o *op.Op, v *vm) error {
 
 // pointStopped makes the launch path of a stopped VM name the active layer,
 // where that failed at the cut.
-func (a *Agent) pointStopped(ctx context.Context, _ *op.Op, d catalog.Disk) (err error) {
+func (a *Agent) pointStopped(ctx context.Context, o *op.Op, d catalog.Disk) (err error) {
 	active, err := a.catalog.Layer(ctx, d.ActiveLayer)
 	if err != nil {
 		return err
@@ -79,7 +79,7 @@ func (a *Agent) pointStopped(ctx context.Context, _ *op.Op, d catalog.Disk) (err
 		return err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
-	if err := a.pointPast(ctx, dir, filepath.Base(d.LaunchPath), filepath.Base(active.Path), active); err != nil {
+	if err := a.pointPast(ctx, o.ID(), dir, filepath.Base(d.LaunchPath), filepath.Base(active.Path), active); err != nil {
 		return err
 	}
 	d.SettleNeeded = false
@@ -144,7 +144,16 @@ func (a *Agent) convert(ctx context.Context, o *op.Op, d catalog.Disk) (err erro
 		return err
 	}
 	o.DropReverts() // from here on the launch path may name the new file
-	return a.finishConversion(context.WithoutCancel(ctx), dir, c)
+	ctx = context.WithoutCancel(ctx)
+	if err := a.pointPast(ctx, o.ID(), dir, c.Launch, c.Name, c.Old); err != nil {
+		if named, look := leadsTo(dir, c.Launch, c.Name); look != nil {
+			return errors.Join(err, look)
+		} else if !named {
+			return errors.Join(err, dir.Remove(c.Name))
+		}
+		o.Warn(op.Warning{Code: warnNoImmutable, Disk: d.Device, Message: err.Error()}) // the rest of it has been done
+	}
+	return a.recordConversion(ctx, o, dir, c)
 }
 
 // remove takes back the converted file. It opens the directory anew, since
@@ -158,13 +167,27 @@ func (c conversion) remove() (err error) {
 	return dir.Remove(c.Name)
 }
 
-// finishConversion points the launch path at the converted file, makes that
-// the active layer, and removes the overlay that it replaces. It can be done
-// again after a crash at any point.
-func (a *Agent) finishConversion(ctx context.Context, dir *blockdev.Dir, c conversion) error {
-	if err := a.pointPast(ctx, dir, c.Launch, c.Name, c.Old); err != nil {
-		return err
+// recordConversion makes the converted file, which the launch path names by now,
+// the active layer, and removes the overlay that it replaces. An operation that
+// ended here would leave a VM that runs on a file which nobody knows, so what
+// fails is tried again until the agent stops. It can be done again after a crash
+// at any point.
+func (a *Agent) recordConversion(ctx context.Context, o *op.Op, dir *blockdev.Dir, c conversion) error {
+	for {
+		err := a.tryRecordConversion(ctx, dir, c)
+		if err == nil {
+			return nil
+		}
+		o.Logger().Error("the conversion cannot be recorded yet", "disk", c.Disk.Device, "error", err)
+		select {
+		case <-a.stopping:
+			return op.ErrLeave
+		case <-time.After(askAgain):
+		}
 	}
+}
+
+func (a *Agent) tryRecordConversion(ctx context.Context, dir *blockdev.Dir, c conversion) error {
 	info, err := dir.Stat(c.Name)
 	if err != nil {
 		return err
@@ -182,7 +205,7 @@ func (a *Agent) finishConversion(ctx context.Context, dir *blockdev.Dir, c conve
 
 // recoverConversions finishes the conversions whose file the launch path names
 // already, and takes the others back.
-func (a *Agent) recoverConversions(ctx context.Context, entries []op.Entry) error {
+func (a *Agent) recoverConversions(ctx context.Context, o *op.Op, entries []op.Entry) error {
 	var errs []error
 	for _, e := range entries {
 		if e.Kind != entryConvert {
@@ -193,43 +216,89 @@ func (a *Agent) recoverConversions(ctx context.Context, entries []op.Entry) erro
 			errs = append(errs, err)
 			continue
 		}
-		errs = append(errs, a.recoverConversion(ctx, c))
+		errs = append(errs, a.recoverConversion(ctx, o, c))
 	}
 	return errors.Join(errs...)
 }
 
-func (a *Agent) recoverConversion(ctx context.Context, c conversion) (err error) {
+func (a *Agent) recoverConversion(ctx context.Context, o *op.Op, c conversion) (err error) {
 	dir, err := blockdev.OpenDir(c.Dir, "")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
-	made, err := dir.Stat(c.Name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	if base, err := a.flagged(ctx, c.Old); err != nil {
 		return err
+	} else if base.ID != "" { // the flag may have been lifted when the host died
+		if err := dir.SetImmutable(filepath.Base(base.Path), true); err != nil {
+			o.Warn(op.Warning{Code: warnNoImmutable, Disk: c.Disk.Device, Message: err.Error()})
+		}
 	}
-	if launch, err := dir.Stat(c.Launch); err == nil && launch.FileID == made.FileID {
-		return a.finishConversion(ctx, dir, c)
+	if named, err := leadsTo(dir, c.Launch, c.Name); err != nil || !named {
+		return errors.Join(err, dir.Remove(c.Name))
 	}
-	return dir.Remove(c.Name)
+	return a.recordConversion(ctx, o, dir, c)
+}
+
+// leadsTo reports whether two names are those of one file. A name that is not
+// there leads nowhere.
+func leadsTo(dir *blockdev.Dir, launch, name string) (bool, error) {
+	a, errA := dir.Stat(launch)
+	b, errB := dir.Stat(name)
+	for _, err := range []error{errA, errB} {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return false, err
+		}
+	}
+	return errA == nil && errB == nil && a.FileID == b.FileID, nil
+}
+
+// flagged returns the covered layer below an active one if the agent made it
+// immutable, else the zero layer. There is none once the active layer has been
+// replaced by a converted file.
+func (a *Agent) flagged(ctx context.Context, active catalog.Layer) (catalog.Layer, error) {
+	if active.Parent == "" {
+		return catalog.Layer{}, nil
+	}
+	base, err := a.catalog.Layer(ctx, active.Parent)
+	if err != nil || !base.Immutable || base.Foreign {
+		return catalog.Layer{}, err
+	}
+	return base, nil
 }
 
 // pointPast points the launch path at a layer when it names the covered layer
-// below active, whose flag has to be lifted for the rename.
-func (a *Agent) pointPast(ctx context.Context, dir *blockdev.Dir, launch, name string, active catalog.Layer) (err error) {
-	if active.Parent != "" {
-		base, err := a.catalog.Layer(ctx, active.Parent)
+// below active. That layer's flag has to be lifted for the rename. Meanwhile a
+// launch guard keeps every QEMU from writing to it, and sets the flag again if
+// this process dies. A launch path that names anything else is not ours to
+// change.
+func (a *Agent) pointPast(ctx context.Context, operation string, dir *blockdev.Dir, launch, name string, active catalog.Layer) (err error) {
+	if done, err := leadsTo(dir, launch, name); err != nil || done {
+		return errors.Join(err, dir.Sync())
+	}
+	base, err := a.catalog.Layer(ctx, active.Parent)
+	if err != nil {
+		return err
+	}
+	info, err := dir.Stat(launch)
+	if err != nil {
+		return err
+	}
+	if info.Dev != base.Dev || info.Ino != base.Ino {
+		return fault.New(fault.Unsupported, "its launch path %s leads to another file than the layer %s that it named when it was last seen",
+			dir.Path(launch), base.Path).WithHint("put back the file that was there, or remove it and link %s to its name", active.Path)
+	}
+	if base.Immutable && !base.Foreign {
+		protected := &cutDisk{Dir: filepath.Dir(base.Path), Launch: launch, Base: filepath.Base(base.Path), Settle: SettleConvert}
+		guard, err := startLaunchGuard(ctx, a.cfg.LaunchGuard, a.launchGuardLock(operation), []*cutDisk{protected})
 		if err != nil {
 			return err
 		}
-		if base.Immutable && !base.Foreign {
-			if err := dir.SetImmutable(filepath.Base(base.Path), false); err != nil {
-				return err
-			}
-			defer func() { err = errors.Join(err, dir.SetImmutable(filepath.Base(base.Path), true)) }()
+		defer func() {
+			err = errors.Join(err, dir.SetImmutable(protected.Base, true), guard.release())
+		}()
+		if err := dir.SetImmutable(protected.Base, false); err != nil {
+			return err
 		}
 	}
 	if err := dir.PointAt(launch, name); err != nil {

@@ -457,7 +457,7 @@ func TestQEMUDisksThatCannotBeCut(t *testing.T) {
 					vm.imageHolds(d, value, name)
 				}
 			}
-			if len(s.Disks) != 5 || s.Partial != (name == "y") {
+			if len(s.Disks) != 4 || s.Partial != (name == "y") {
 				t.Errorf("%+v", s)
 			}
 		}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/blockdev"
 )
 
@@ -58,6 +59,23 @@ func newCutDisk(r *run, d *liveDisk) (*cutDisk, error) {
 func (c *cutDisk) open() (err error) {
 	c.dir, err = blockdev.OpenDir(c.Dir, c.Prefix)
 	return err
+}
+
+// launchPathIsOurs fails if the launch path leads to another file than the active
+// layer: somebody has put it there, and it is not to be replaced. A launch path
+// that is gone comes back with the cut.
+func (c *cutDisk) launchPathIsOurs(active catalog.Layer) error {
+	info, err := c.dir.Stat(c.Launch)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case info.Dev != active.Dev || info.Ino != active.Ino:
+		return fault.New(fault.Unsupported, "its launch path %s leads to another file than the layer %s that QEMU writes to",
+			c.dir.Path(c.Launch), active.Path)
+	}
+	return nil
 }
 
 // name chooses the names of the layers. n counts the operation's layers, so

@@ -141,6 +141,11 @@ func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error
 	if err != nil {
 		return fmt.Errorf("its file cannot be examined: %w", err)
 	}
+	if open, err := hasOpen(r.proc.PID, info.FileID); err != nil {
+		return err
+	} else if !open {
+		return fmt.Errorf("%s leads to another file than the one that QEMU writes to", d.path)
+	}
 	v.mu.Lock()
 	disks, layers, vmID := v.disks, v.layers, v.id
 	v.mu.Unlock()
@@ -150,7 +155,7 @@ func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error
 		}
 		for _, disk := range disks {
 			if disk.ID == l.DiskID {
-				return a.known(ctx, v, d, disk, l, layers)
+				return a.known(ctx, v, r, d, disk, l, layers)
 			}
 		}
 	}
@@ -171,26 +176,64 @@ func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error
 }
 
 // known takes in a disk whose active file is a known layer.
-func (a *Agent) known(ctx context.Context, v *vm, d *liveDisk, disk catalog.Disk, l catalog.Layer, layers []catalog.Layer) error {
+func (a *Agent) known(ctx context.Context, v *vm, r *run, d *liveDisk, disk catalog.Disk, l catalog.Layer, layers []catalog.Layer) error {
 	if disk.ActiveLayer != l.ID {
 		return fmt.Errorf("it runs on the layer %s, which others depend on, and not on its newest one", l.Path)
 	}
+	was, layer := disk, l
 	if disk.Device != d.drive.Device {
 		if covered(layers, disk.ID) {
 			return fmt.Errorf("its layers belong to the disk that was called %s", disk.Device)
 		}
 		disk.Device = d.drive.Device
-		renamed, err := a.catalog.UpsertDisk(ctx, disk)
-		if err != nil {
+	}
+	relaunched(r.proc, d, &disk, &l)
+	if disk != was || l != layer {
+		if err := a.putLayers(ctx, []catalog.Layer{l}, []catalog.Disk{disk}); err != nil {
 			return err
 		}
-		disk = renamed
 		if err := a.reload(ctx, v); err != nil {
 			return err
 		}
 	}
 	d.rec, d.active = disk, l
 	return nil
+}
+
+// relaunched takes in that the VM's launch command has changed: that its launch
+// path is another name of the active layer, or its format another.
+func relaunched(p discover.Process, d *liveDisk, disk *catalog.Disk, active *catalog.Layer) {
+	if d.launch.File == "" {
+		return // it was plugged in later
+	}
+	path, err := launchPath(p, d)
+	if err != nil {
+		return
+	}
+	info, err := blockdev.StatPath(p.Root + path)
+	if err != nil || info.Dev != active.Dev || info.Ino != active.Ino {
+		return
+	}
+	if active.Path == disk.LaunchPath { // it has no permanent name yet
+		active.Path = path
+	}
+	disk.LaunchPath, disk.LaunchFormat = path, d.launch.Format
+}
+
+// hasOpen reports whether a process has a file open. A name that leads to
+// another file than the one that QEMU opened by it must not be followed.
+func hasOpen(pid int, file blockdev.FileID) (bool, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	fds, err := os.ReadDir(dir)
+	if err != nil {
+		return false, fmt.Errorf("what QEMU has open cannot be seen: %w", err)
+	}
+	for _, fd := range fds {
+		if info, err := blockdev.StatPath(filepath.Join(dir, fd.Name())); err == nil && info.FileID == file {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // covered reports whether the disk has layers that another layer lies on and

@@ -300,6 +300,11 @@ func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req Snapsho
 		refuse(fault.Failed, "%v", err)
 		return
 	}
+	if err := c.launchPathIsOurs(d.active); err != nil {
+		p.unfit = append(p.unfit, c)
+		refuse(kindOf(err), "%v", err)
+		return
+	}
 	if c.Settle == SettleConvert {
 		if _, err := c.dir.Immutable(c.Launch); err != nil {
 			p.unfit = append(p.unfit, c)

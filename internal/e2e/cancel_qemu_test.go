@@ -127,7 +127,7 @@ func (h *host) cancelRound(vm *still, r *relay, m moment, round int) {
 // unchanged verifies that a snapshot did not come about and left nothing.
 func (h *host) unchanged(vm *still, name string, before world, when string) {
 	h.t.Helper()
-	if diff := cmp.Diff(before, h.world(vm.own, vm.dir)); diff != "" {
+	if diff := cmp.Diff(before, h.world(vm.session(), vm.dir)); diff != "" {
 		h.t.Errorf("%s: before (-) and after (+):\n%s\nvmsnapd's log:\n%s", when, diff, h.log)
 	}
 	h.fails(4, "", "snapshot", "show", vm.name+"/"+name)

@@ -146,6 +146,8 @@ func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error
 	} else if !open {
 		return fmt.Errorf("%s leads to another file than the one that QEMU writes to", d.path)
 	}
+	v.registering.Lock()
+	defer v.registering.Unlock()
 	v.mu.Lock()
 	disks, layers, vmID := v.disks, v.layers, v.id
 	v.mu.Unlock()

@@ -30,6 +30,12 @@ type vm struct {
 	// changing is held for writing while layers are made or moved, so that
 	// nobody takes a half-finished change for the state of the disks.
 	changing sync.RWMutex
+	// registering is held while disks seen are matched with those known, so that
+	// two that look at a new disk at the same time do not both record it.
+	registering sync.Mutex
+	// reloading is held from reading the catalog until what was read is cached,
+	// so that an older reading never replaces a newer one.
+	reloading sync.Mutex
 	// unfinished is set, and changing held, from the agent's start until its
 	// recovery has dealt with the VM.
 	unfinished atomic.Bool
@@ -110,6 +116,8 @@ func (a *Agent) loadCatalog(ctx context.Context) error {
 
 // reload brings what is cached of a VM's disks up to the catalog.
 func (a *Agent) reload(ctx context.Context, v *vm) error {
+	v.reloading.Lock()
+	defer v.reloading.Unlock()
 	id := v.id
 	disks, err := a.catalog.Disks(ctx, id)
 	if err != nil {

@@ -28,11 +28,11 @@ func abandon(t *testing.T, s *qgatest.Server, r Request, guard unix.Signal) (dir
 	if err := agent.Wait(); err == nil {
 		t.Fatal("the agent was not killed")
 	}
-	if err := unix.Kill(leases[0].Guard.PID, guard); err != nil {
-		t.Fatal(err)
-	}
 	if !s.Frozen() {
 		t.Fatal("not frozen")
+	}
+	if err := unix.Kill(leases[0].Guard.PID, guard); err != nil {
+		t.Fatal(err)
 	}
 	return dir, leases[0]
 }

@@ -107,9 +107,9 @@ func (c *cut) failure(d *cutDisk, err error) error {
 // overlays may hold what the guest writes: they are reverted only if QEMU
 // answers that the transaction failed, and adopted in every other case.
 func (c *cut) take(ctx context.Context, cannotFreeze string) error {
-	steps := 7
+	steps := 8
 	if cannotFreeze != "" || c.req.Quiesce == QuiesceNone {
-		steps = 5 // no freeze, no thaw
+		steps = 5 // no guard, no freeze, no thaw
 	}
 	c.o.Plan(steps)
 	if err := c.toCut(ctx, cannotFreeze); err != nil {
@@ -127,12 +127,17 @@ func (c *cut) take(ctx context.Context, cannotFreeze string) error {
 
 // toCut does everything up to the cut, and the cut.
 func (c *cut) toCut(ctx context.Context, cannotFreeze string) error {
-	if err := c.o.Step(ctx, "overlays", c.build); err != nil {
-		return err
-	}
 	if cannotFreeze != "" {
 		c.notQuiesced(cannotFreeze)
 	} else if c.req.Quiesce != QuiesceNone {
+		if err := c.o.Step(ctx, "guard", c.guardGuest); err != nil {
+			return err
+		}
+	}
+	if err := c.o.Step(ctx, "overlays", c.build); err != nil {
+		return err
+	}
+	if c.guard != nil {
 		if err := c.o.Step(ctx, "freeze", c.freezeGuest); err != nil {
 			return err
 		}
@@ -222,13 +227,34 @@ func (c *cut) unbuild(ctx context.Context, d *cutDisk) error {
 	return d.removeNames()
 }
 
-// freezeGuest freezes under a lease. Without quiesce=require a guest that
-// cannot be frozen is recorded and does not stop the snapshot.
-func (c *cut) freezeGuest(ctx context.Context) error {
-	err := c.tryFreeze(ctx)
+// guardGuest starts the guard. It comes before the overlays, because a guest
+// that was just asked what it has mounted takes longer to freeze.
+func (c *cut) guardGuest(ctx context.Context) error {
+	g, err := c.startGuard(ctx, c.vm, c.run, c.o.ID(), c.req.Mountpoints, c.req.FreezeTimeout, c.req.Lease)
+	if err != nil {
+		return c.unfrozen(ctx, err)
+	}
+	c.guard = g
+	c.o.Revert("end the guard", c.release)
+	return nil
+}
+
+// release ends the guard, which thaws what it has frozen.
+func (c *cut) release(context.Context) error {
+	g := c.guard
+	if g == nil {
+		return nil // it has been told to end
+	}
+	c.guard = nil
+	err := g.Close()
+	c.endFreeze(c.vm, g, err)
+	return err
+}
+
+// unfrozen is what becomes of a guest that cannot be frozen: without
+// quiesce=require it is recorded and does not stop the snapshot.
+func (c *cut) unfrozen(ctx context.Context, err error) error {
 	switch {
-	case err == nil:
-		return nil
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case c.req.Quiesce == QuiesceRequire:
@@ -239,35 +265,22 @@ func (c *cut) freezeGuest(ctx context.Context) error {
 	return nil
 }
 
-func (c *cut) tryFreeze(ctx context.Context) error {
-	g, err := c.startGuard(ctx, c.vm, c.run, c.o.ID(), c.req.Mountpoints, c.req.FreezeTimeout, c.req.Lease)
-	if err != nil {
-		return err
-	}
-	over := false // the guard has been told to end
-	c.o.Revert("thaw the guest", func(context.Context) error {
-		if over {
-			return nil
-		}
-		err := g.Close()
-		c.endFreeze(c.vm, g, err)
-		return err
-	})
+// freezeGuest freezes under a lease.
+func (c *cut) freezeGuest(ctx context.Context) error {
 	// The intent of the cut is durable before the guest is frozen, so that
 	// nothing has to reach the disk while it is.
 	if err := c.announce(ctx); err != nil {
 		return err
 	}
-	frozen, err := g.Freeze(ctx)
+	c.o.Revert("thaw the guest", c.release) // before anything else is reverted
+	frozen, err := c.guard.Freeze(ctx)
 	if err != nil {
-		thaw := g.Close()
-		c.endFreeze(c.vm, g, thaw)
-		if over = true; thaw != nil {
+		if thaw := c.release(ctx); thaw != nil {
 			c.thawUnresolved(thaw)
 		}
-		return err
+		return c.unfrozen(ctx, err)
 	}
-	c.guard, c.frozen = g, frozen
+	c.frozen = frozen
 	c.setFrozen(c.vm, c.o.ID(), frozen, nil)
 	return nil
 }

@@ -106,13 +106,12 @@ func (k *keeper) frozenByOthers(refused *qga.CommandError) bool {
 // thaw is the ordered end: ask, thaw, ask again.
 func (k *keeper) thaw(frozen int) Outcome {
 	ctx := context.Background() // the guest is thawed whatever becomes of the agent
-	before, statusErr := k.guest.FreezeStatus(ctx)
-	thawed, thawErr := k.thawOnce(ctx)
+	answer := k.guest.EndFreeze(ctx)
 	result := Thawed{Window: time.Since(k.requested)}
-	result.Reason = doubt(frozen, before, statusErr, thawed, thawErr)
+	result.Reason = doubt(frozen, answer)
 	result.Verified = result.Reason == ""
 	if err := k.confirm(ctx); err != nil {
-		err = fmt.Errorf("%w: %w", ErrUnresolved, errors.Join(thawErr, err))
+		err = fmt.Errorf("%w: %w", ErrUnresolved, errors.Join(answer.ThawErr, err))
 		k.tell(report{Kind: reportThaw, Err: toRemote(err)})
 		return k.thawUntilAnswered(OnRequest, err.Error())
 	}
@@ -122,17 +121,17 @@ func (k *keeper) thaw(frozen int) Outcome {
 }
 
 // doubt says why a freeze may not have lasted until the thaw, or nothing.
-func doubt(frozen int, before qga.FreezeState, statusErr error, thawed int, thawErr error) string {
+func doubt(frozen int, answer qga.Thawing) string {
 	switch {
-	case statusErr != nil:
-		return fmt.Sprintf("the guest did not say whether it was still frozen: %v", statusErr)
-	case before != qga.Frozen:
+	case answer.StatusErr != nil:
+		return fmt.Sprintf("the guest did not say whether it was still frozen: %v", answer.StatusErr)
+	case answer.Was != qga.Frozen:
 		return "the guest was not frozen any more"
-	case thawErr != nil:
+	case answer.ThawErr != nil:
 		// Windows' VSS reports here that it gave up after its 10 seconds.
-		return fmt.Sprintf("the thaw failed: %v", thawErr)
-	case thawed < frozen:
-		return fmt.Sprintf("of %d frozen file systems only %d were still frozen", frozen, thawed)
+		return fmt.Sprintf("the thaw failed: %v", answer.ThawErr)
+	case answer.Count < frozen:
+		return fmt.Sprintf("of %d frozen file systems only %d were still frozen", frozen, answer.Count)
 	}
 	return ""
 }

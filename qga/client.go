@@ -68,22 +68,47 @@ func (c *Client) command(ctx context.Context, name string, args any, decode func
 		return &OpError{Command: name, Err: err}
 	}
 	defer c.release()
-	if !c.inStep || c.r.Buffered() > 0 {
-		if err := c.resync(ctx); err != nil {
-			return &OpError{Command: name, Err: err}
-		}
+	if err := c.ready(ctx); err != nil {
+		return &OpError{Command: name, Err: err}
 	}
-	reply, err := c.exchange(ctx, request)
+	defer c.bind(ctx)()
+	if _, err := c.conn.Write(request); err != nil {
+		return c.failed(name, transportError(ctx, err))
+	}
+	return c.answer(ctx, name, decode)
+}
+
+// ready makes sure that the next line will be the answer to the next command.
+func (c *Client) ready(ctx context.Context) error {
+	if !c.inStep || c.r.Buffered() > 0 {
+		return c.resync(ctx)
+	}
+	return nil
+}
+
+// answer reads the reply to a command and hands what the guest returned to
+// decode.
+func (c *Client) answer(ctx context.Context, name string, decode func(json.RawMessage) error) error {
+	line, err := c.readLine()
+	if err != nil {
+		return c.failed(name, transportError(ctx, err))
+	}
+	reply, err := decodeReply(line, c.limits)
 	if err == nil {
 		err = decode(reply)
 	}
+	if err != nil {
+		return c.failed(name, err)
+	}
+	return nil
+}
+
+// failed is the error of a command that was sent.
+func (c *Client) failed(name string, err error) error {
 	var refused *CommandError
-	switch {
-	case err == nil:
-		return nil
-	case errors.As(err, &refused):
+	if errors.As(err, &refused) {
 		refused.Command = name
-	default:
+	} else {
 		// A result of the wrong shape may be the answer to something else.
 		c.inStep = false
 	}
@@ -171,18 +196,6 @@ func (c *Client) answers(frame []byte, id int64) bool {
 	}
 	got, err := decodeInt(raw)
 	return err == nil && got == id
-}
-
-func (c *Client) exchange(ctx context.Context, request []byte) (json.RawMessage, error) {
-	defer c.bind(ctx)()
-	if _, err := c.conn.Write(request); err != nil {
-		return nil, transportError(ctx, err)
-	}
-	line, err := c.readLine()
-	if err != nil {
-		return nil, transportError(ctx, err)
-	}
-	return decodeReply(line, c.limits)
 }
 
 // readLine returns the next line that is not blank.

@@ -101,6 +101,52 @@ func TestFreezeAndThaw(t *testing.T) {
 
 // Each bad answer fails in its own way, and the client gets back in step by
 // itself.
+func TestEndFreeze(t *testing.T) {
+	frozen := func(s *qgatest.Server) { s.SetFrozen(true) }
+	tests := []struct {
+		name      string
+		given     func(*qgatest.Server)
+		was       qga.FreezeState
+		count     int
+		statusErr error
+		refused   bool // the thaw
+	}{
+		{"frozen", frozen, qga.Frozen, 2, nil, false},
+		{"thawed before", func(*qgatest.Server) {}, qga.Thawed, 0, nil, false},
+		{"thaw refused", func(s *qgatest.Server) {
+			frozen(s)
+			s.Once(qgatest.Thaw, qgatest.Refuse("GenericError", "limited up to 10 seconds"))
+		}, qga.Frozen, 0, nil, true},
+		{"nonsense about the state", func(s *qgatest.Server) {
+			frozen(s)
+			s.Once(qgatest.Status, qgatest.Return("melting"))
+		}, "", 0, qga.ErrMalformed, false}, // thawed by the time it was asked again
+		{"silence about the state", func(s *qgatest.Server) {
+			frozen(s)
+			s.Once(qgatest.Status, qgatest.Silent)
+		}, "", 0, qga.ErrMalformed, false},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			s := qgatest.New(t)
+			c := dial(t, s, qga.Limits{})
+			ctx := within(t)
+			test.given(s)
+			got := c.EndFreeze(ctx)
+			var refused *qga.CommandError
+			if got.Was != test.was || got.Count != test.count || !errors.Is(got.StatusErr, test.statusErr) || errors.As(got.ThawErr, &refused) != test.refused {
+				t.Errorf("got %+v", got)
+			}
+			if !test.refused && (got.ThawErr != nil || s.Frozen()) {
+				t.Errorf("not thawed: %v", got.ThawErr)
+			}
+			if state, err := c.FreezeStatus(ctx); err != nil || test.refused != (state == qga.Frozen) {
+				t.Errorf("afterwards: %q, error %v", state, err)
+			}
+		})
+	}
+}
+
 func TestBadAnswers(t *testing.T) {
 	lim := qga.Limits{ReplyBytes: 64 << 10, Depth: 8, DiscardBytes: 1 << 20, Items: 4}
 	tests := []struct {

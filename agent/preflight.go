@@ -114,9 +114,13 @@ func checkRequest(req *SnapshotRequest) error {
 	if err := checkTexts(req.Description, req.Labels); err != nil {
 		return err
 	}
-	switch req.Quiesce {
-	case "":
+	if req.Quiesce == "" {
 		req.Quiesce = QuiescePrefer
+		if req.Memory {
+			req.Quiesce = QuiesceNone // memory holds what the file systems have not written yet
+		}
+	}
+	switch req.Quiesce {
 	case QuiescePrefer, QuiesceRequire:
 	case QuiesceNone:
 		if len(req.Mountpoints) > 0 {
@@ -131,7 +135,22 @@ func checkRequest(req *SnapshotRequest) error {
 			return fault.New(fault.Usage, "disk %s is both selected and excluded", d)
 		}
 	}
+	if err := checkMemory(*req); err != nil {
+		return err
+	}
 	return checkFreezeTimes(&req.FreezeTimeout, &req.Lease)
+}
+
+// checkMemory refuses what makes no sense about the memory.
+func checkMemory(req SnapshotRequest) error {
+	switch {
+	case !req.Memory && (req.Strategy != "" || req.MaxPause != 0 || req.Compress):
+		return fault.New(fault.Usage, "a strategy, a longest pause or compression is given, but no memory is to be saved").
+			WithHint("add --memory")
+	case req.MaxPause < 0:
+		return fault.New(fault.Usage, "a longest pause of %s: it must be more than zero", req.MaxPause)
+	}
+	return nil
 }
 
 // checkFreezeTimes fills in and bounds the times of a freeze.

@@ -6,6 +6,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // State is what is known of a VM's execution.
@@ -131,6 +132,10 @@ type SnapshotRequest struct {
 	Lease         time.Duration // 0: DefaultLease
 	Strict        bool
 	AllowPartial  bool
+	Memory        bool
+	Strategy      memdump.Strategy // chosen when empty
+	MaxPause      time.Duration    // 0: no limit
+	Compress      bool
 	RequestID     string `json:"-"`
 	UID           uint32 `json:"-"`
 }
@@ -140,7 +145,7 @@ type Quiesce string
 
 // The ways to quiesce.
 const (
-	QuiescePrefer  Quiesce = "prefer" // also the meaning of ""
+	QuiescePrefer  Quiesce = "prefer" // also the meaning of "", unless memory is saved
 	QuiesceRequire Quiesce = "require"
 	QuiesceNone    Quiesce = "none"
 )
@@ -161,6 +166,21 @@ type Plan struct {
 	Consistency catalog.Consistency
 	Window      time.Duration // predicted freeze window; 0 when unknown or nothing is frozen
 	Live        bool          // the VM runs
+	Memory      *PlanMemory   // nil when memory is not saved
+}
+
+// PlanMemory is what saving the memory would take. Sizes are bytes.
+type PlanMemory struct {
+	Strategy  memdump.Strategy
+	Reason    string
+	Directory string // where the file is made
+	Free      uint64 // there
+	Reserve   uint64 // set aside for the file
+	RAM       uint64
+	Bytes     uint64 // predicted size of what is saved
+	Duration  time.Duration
+	Pause     time.Duration
+	DirtyRate uint64 // bytes a second; 0 when unknown
 }
 
 // PlanDisk is one disk in a plan.

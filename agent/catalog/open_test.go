@@ -3,6 +3,7 @@ package catalog
 import (
 	"context"
 	"database/sql"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -170,7 +171,7 @@ func TestMigrationKeepsWhatWasThere(t *testing.T) {
 	check(t, c.Close())
 
 	// The copy made before is a whole catalog of the old format.
-	backup := filepath.Join(dir, "catalog.v1.db")
+	backup := filepath.Join(dir, fmt.Sprintf("catalog.v%d.db", len(steps)-1))
 	info, err := os.Stat(backup)
 	check(t, err)
 	same(t, "mode of the backup", info.Mode().Perm(), fs.FileMode(0o600))

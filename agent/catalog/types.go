@@ -78,6 +78,21 @@ type Snapshot struct {
 	Disks       []SnapshotDisk
 	Config      json.RawMessage // the VM's configuration at the cut
 	Partial     bool            // a disk that was asked for dropped out
+	Memory      *SavedMemory    // nil when memory was not saved
+}
+
+// SavedMemory is the file that holds a guest's memory of the cut's instant.
+type SavedMemory struct {
+	Path       string        `json:"path"`     // absolute
+	Strategy   string        `json:"strategy"` // background, precopy or stopped
+	Reason     string        `json:"reason"`   // why that one
+	Size       uint64        `json:"size"`     // bytes of the file
+	StreamSize uint64        `json:"stream_size"`
+	Compressed bool          `json:"compressed"`
+	Checksum   string        `json:"checksum"` // over the whole file, hexadecimal
+	RAM        uint64        `json:"ram"`      // the guest's, bytes
+	Pause      time.Duration `json:"pause"`    // how long its CPUs stood still
+	Duration   time.Duration `json:"duration"` // from the cut until all was saved
 }
 
 // Quiesce is what the freeze came to.

@@ -123,7 +123,12 @@ func (o *Op) end(ctx context.Context, err error) {
 	} else if failure.Kind == fault.Cancelled {
 		failure.Kind = fault.Failed // nobody cancelled it
 	}
-	if undone := o.revertAll(ctx, *failure); undone != nil {
+	undone := o.revertAll(ctx, *failure)
+	if errors.Is(undone, ErrLeave) {
+		o.leave()
+		return
+	}
+	if undone != nil {
 		failure.Message += "; reverting failed: " + oneLine(undone)
 		if e == eventStop {
 			// Something of it is left, so it must not pass for cancelled.

@@ -15,6 +15,7 @@ type Kind string
 const (
 	KindSnapshot Kind = "snapshot" // cut a snapshot
 	KindFreeze   Kind = "freeze"   // hold a guest frozen until it is thawed or its lease ends
+	KindVerify   Kind = "verify"   // compare a snapshot's files with what was recorded
 	KindSettle   Kind = "settle"   // point launch paths at the active layers of a stopped VM
 )
 

@@ -11,6 +11,7 @@ import (
 type reversion struct {
 	what string
 	f    func(ctx context.Context) error
+	long bool // it has no deadline
 }
 
 // Revert pushes what undoes an effect: "delete overlay node". When the recipe
@@ -21,7 +22,16 @@ type reversion struct {
 func (o *Op) Revert(what string, f func(ctx context.Context) error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.reverts = append(o.reverts, reversion{what, f})
+	o.reverts = append(o.reverts, reversion{what: what, f: f})
+}
+
+// RevertAtLength is Revert for what moves data: it has no deadline, and reports
+// its progress. f may return ErrLeave, which leaves it, and what would be
+// reverted after it, to the next daemon.
+func (o *Op) RevertAtLength(what string, f func(ctx context.Context) error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.reverts = append(o.reverts, reversion{what: what, f: f, long: true})
 }
 
 // DropReverts forgets all reverts: what was done stays.
@@ -44,7 +54,11 @@ func (o *Op) revertAll(ctx context.Context, why Failure) error {
 	})
 	var errs []error
 	for ; ok; r, ok = o.popRevert() {
-		if err := o.revertOne(ctx, r); err != nil {
+		err := o.revertOne(ctx, r)
+		if errors.Is(err, ErrLeave) {
+			return err
+		}
+		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", r.what, err))
 		}
 	}
@@ -52,11 +66,18 @@ func (o *Op) revertAll(ctx context.Context, why Failure) error {
 }
 
 func (o *Op) revertOne(ctx context.Context, r reversion) error {
-	ctx, done := detach(ctx, o.runner.revertTimeout)
-	defer done()
+	if r.long {
+		ctx = context.WithoutCancel(ctx)
+	} else {
+		var done context.CancelFunc
+		ctx, done = detach(ctx, o.runner.revertTimeout)
+		defer done()
+	}
 	err := guarded(o, func() error { return r.f(ctx) })
-	if err != nil {
+	if err != nil && !errors.Is(err, ErrLeave) {
 		o.log.Error("revert failed", "revert", r.what, "error", err)
+	}
+	if err != nil {
 		return err
 	}
 	o.log.Info("reverted", "revert", r.what)

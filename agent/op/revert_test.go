@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -50,6 +51,43 @@ func TestRevertsRunInReverseAndAllOfThem(t *testing.T) {
 		}
 		if d := cmp.Diff(want, ended.Failure); d != "" {
 			t.Error(d)
+		}
+	})
+}
+
+func TestRevertAtLength(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newTestRunner(&memStore{}, RevertTimeout(3*time.Second))
+		rec := mustStart(t, r, web, func(_ context.Context, o *Op) error {
+			o.RevertAtLength("merge", func(ctx context.Context) error {
+				o.Progress(1, 2, "bytes")
+				time.Sleep(time.Hour)
+				return ctx.Err()
+			})
+			return errors.New("no")
+		})
+		ended := wait(t, r, rec.ID)
+		if ended.Failure.Message != "no" || ended.Ended.Sub(ended.Started) < time.Hour || ended.Progress.Total != 2 {
+			t.Errorf("%+v after %s, progress %+v", ended.Failure, ended.Ended.Sub(ended.Started), ended.Progress)
+		}
+	})
+}
+
+func TestRevertLeftToTheNextDaemon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &memStore{}
+		r := newTestRunner(store)
+		first := false
+		rec := mustStart(t, r, web, func(_ context.Context, o *Op) error {
+			o.Revert("first", func(context.Context) error { first = true; return nil })
+			o.RevertAtLength("second", func(context.Context) error { return fmt.Errorf("stopping: %w", ErrLeave) })
+			return errors.New("no")
+		})
+		if _, err := r.Wait(t.Context(), rec.ID); err == nil {
+			t.Error("whoever waits for it is not told")
+		}
+		if got := store.stored(t, rec.ID); got.State.Final() || first {
+			t.Errorf("it is %s; what comes after was reverted: %v", got.State, first)
 		}
 	})
 }

@@ -22,6 +22,7 @@ type Backend interface {
 	Snapshots(ctx context.Context, filter agent.SnapshotFilter) ([]agent.SnapshotView, error)
 	Snapshot(ctx context.Context, ref string) (agent.SnapshotView, error)
 	RenameSnapshot(ctx context.Context, ref, newName string) (agent.SnapshotView, error)
+	VerifySnapshot(ctx context.Context, ref string, uid uint32) (op.Record, error)
 
 	Operations(ctx context.Context, filter agent.OperationFilter) ([]op.Record, error)
 	Operation(ctx context.Context, id string) (op.Record, error)

@@ -12,6 +12,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // text makes any string fit for Protobuf, which refuses to encode a whole
@@ -54,6 +55,12 @@ var requested = map[string]vmsnapv1.Quiesce{
 	string(agent.QuiesceRequire): vmsnapv1.Quiesce_QUIESCE_REQUIRE,
 	string(agent.QuiescePrefer):  vmsnapv1.Quiesce_QUIESCE_PREFER,
 	string(agent.QuiesceNone):    vmsnapv1.Quiesce_QUIESCE_NONE,
+}
+
+var strategies = map[memdump.Strategy]vmsnapv1.MemoryStrategy{
+	memdump.Background: vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_BACKGROUND,
+	memdump.Precopy:    vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_PRECOPY,
+	memdump.Stopped:    vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_STOPPED,
 }
 
 var operationStates = map[op.State]vmsnapv1.OperationState{
@@ -122,6 +129,43 @@ func planProto(p agent.Plan) *vmsnapv1.Plan {
 		Consistency:  consistencies[p.Consistency],
 		FreezeWindow: span(p.Window),
 		Live:         p.Live,
+		Memory:       planMemoryProto(p.Memory),
+	}
+}
+
+func planMemoryProto(m *agent.PlanMemory) *vmsnapv1.PlanMemory {
+	if m == nil {
+		return nil
+	}
+	return &vmsnapv1.PlanMemory{
+		Strategy:  strategies[m.Strategy],
+		Reason:    text(m.Reason),
+		Directory: text(m.Directory),
+		Free:      m.Free,
+		Reserve:   m.Reserve,
+		Ram:       m.RAM,
+		Bytes:     m.Bytes,
+		Duration:  span(m.Duration),
+		Pause:     span(m.Pause),
+		DirtyRate: m.DirtyRate,
+	}
+}
+
+func memoryProto(m *catalog.SavedMemory) *vmsnapv1.SnapshotMemory {
+	if m == nil {
+		return nil
+	}
+	return &vmsnapv1.SnapshotMemory{
+		Path:       text(m.Path),
+		Strategy:   strategies[memdump.Strategy(m.Strategy)],
+		Reason:     text(m.Reason),
+		Size:       m.Size,
+		StreamSize: m.StreamSize,
+		Compressed: m.Compressed,
+		Checksum:   text(m.Checksum),
+		Ram:        m.RAM,
+		Pause:      span(m.Pause),
+		Duration:   span(m.Duration),
 	}
 }
 
@@ -155,6 +199,7 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		Warnings:    each(s.Warnings, warningProto),
 		OperationId: text(s.Operation),
 		Partial:     s.Partial,
+		Memory:      memoryProto(s.Memory),
 	}
 	if len(s.Labels) > 0 {
 		out.Labels = make(map[string]string, len(s.Labels))

@@ -13,6 +13,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // words are valid values of the types that are words.
@@ -22,6 +23,7 @@ var words = map[reflect.Type]string{
 	reflect.TypeFor[agent.Settle]():        string(agent.SettleLive),
 	reflect.TypeFor[catalog.Consistency](): string(catalog.Memory),
 	reflect.TypeFor[op.State]():            string(op.Reverting),
+	reflect.TypeFor[memdump.Strategy]():    string(memdump.Stopped),
 	reflect.TypeFor[fault.Kind]():          string(fault.Busy),
 }
 
@@ -83,6 +85,7 @@ func fill(v reflect.Value) {
 func TestEveryFieldIsConverted(t *testing.T) {
 	snapshot := filled[agent.SnapshotView]()
 	snapshot.Quiesce.Requested = string(agent.QuiesceRequire)
+	snapshot.Memory.Strategy = string(memdump.Precopy)
 	for name, m := range map[string]proto.Message{
 		"VM":        vmProto(filled[agent.VMView]()),
 		"Operation": operationProto(filled[op.Record]()),

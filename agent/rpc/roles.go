@@ -55,6 +55,7 @@ var needed = map[string]Role{
 	// A plan changes nothing, but it talks to the guest.
 	vmsnapv1connect.SnapshotServicePlanSnapshotProcedure:   Operator,
 	vmsnapv1connect.SnapshotServiceRenameSnapshotProcedure: Operator,
+	vmsnapv1connect.SnapshotServiceVerifySnapshotProcedure: Operator,
 
 	vmsnapv1connect.OperationServiceListOperationsProcedure:  Viewer,
 	vmsnapv1connect.OperationServiceGetOperationProcedure:    Viewer,

@@ -57,6 +57,10 @@ func snapshotRequest(ctx context.Context, msg *vmsnapv1.CreateSnapshotRequest) (
 		Lease:         msg.GetLease().AsDuration(),
 		Strict:        msg.GetStrict(),
 		AllowPartial:  msg.GetAllowPartial(),
+		Memory:        msg.GetMemory(),
+		Strategy:      strategyOf(msg.GetMemoryStrategy()),
+		MaxPause:      msg.GetMaxPause().AsDuration(),
+		Compress:      msg.GetCompress(),
 		RequestID:     msg.GetRequestId(),
 		UID:           caller,
 	}, nil
@@ -93,4 +97,19 @@ func (s snapshotService) RenameSnapshot(ctx context.Context, req *connect.Reques
 		return nil, err
 	}
 	return connect.NewResponse(&vmsnapv1.RenameSnapshotResponse{Snapshot: snapshotProto(snapshot)}), nil
+}
+
+func (s snapshotService) VerifySnapshot(ctx context.Context, req *connect.Request[vmsnapv1.VerifySnapshotRequest]) (*connect.Response[vmsnapv1.VerifySnapshotResponse], error) {
+	if err := checkRef("snapshot", req.Msg.GetSnapshot()); err != nil {
+		return nil, err
+	}
+	caller, err := uid(ctx)
+	if err != nil {
+		return nil, err
+	}
+	record, err := s.backend.VerifySnapshot(ctx, req.Msg.GetSnapshot(), caller)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.VerifySnapshotResponse{Operation: operationProto(record)}), nil
 }

@@ -14,6 +14,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/hashicorp/go-hclog"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/op"
@@ -21,6 +22,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/rpc/rpctest"
 	"github.com/vmsnap/vmsnap/api/client"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // journal keeps what is logged.
@@ -75,6 +77,8 @@ func TestRequestReachesTheBackend(t *testing.T) {
 	res, err := c.Snapshots().CreateSnapshot(t.Context(), connect.NewRequest(&vmsnapv1.CreateSnapshotRequest{
 		Vm: "web", Name: "n", Description: "d", Labels: map[string]string{"k": "v"}, Disks: []string{"root"},
 		Exclude: []string{"data"}, Mountpoints: []string{"/"}, Strict: true, AllowPartial: true, RequestId: "r",
+		Quiesce: vmsnapv1.Quiesce_QUIESCE_PREFER, Memory: true, MemoryStrategy: vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_PRECOPY,
+		MaxPause: durationpb.New(time.Second), Compress: true,
 	}))
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +89,8 @@ func TestRequestReachesTheBackend(t *testing.T) {
 	want := agent.SnapshotRequest{
 		VM: "web", Name: "n", Description: "d", Labels: map[string]string{"k": "v"}, Disks: []string{"root"},
 		Exclude: []string{"data"}, Quiesce: agent.QuiescePrefer, Mountpoints: []string{"/"}, Strict: true,
-		AllowPartial: true, RequestID: "r", UID: uint32(os.Getuid()),
+		AllowPartial: true, Memory: true, Strategy: memdump.Precopy, MaxPause: time.Second, Compress: true,
+		RequestID: "r", UID: uint32(os.Getuid()),
 	}
 	if diff := diff(want, <-got); diff != "" {
 		t.Errorf("request (-want +got):\n%s", diff)

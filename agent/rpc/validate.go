@@ -10,6 +10,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // The limits on the structure of requests. What a name may look like is the
@@ -114,6 +115,9 @@ func checkCreate(msg *vmsnapv1.CreateSnapshotRequest) error {
 	if _, ok := quiesces[msg.GetQuiesce()]; !ok {
 		return usage("quiesce has the unknown value %d", msg.GetQuiesce())
 	}
+	if _, ok := strategyValues[msg.GetMemoryStrategy()]; !ok {
+		return usage("memory_strategy has the unknown value %d", msg.GetMemoryStrategy())
+	}
 	for _, d := range msg.GetDisks() {
 		if slices.Contains(msg.GetExclude(), d) {
 			return usage("disk %q is both chosen and excluded", d)
@@ -129,6 +133,7 @@ func checkCreate(msg *vmsnapv1.CreateSnapshotRequest) error {
 		checkList("mountpoints", msg.GetMountpoints(), maxMountpoints, maxMountpoint),
 		checkDuration("freeze_timeout", msg.GetFreezeTimeout()),
 		checkDuration("lease", msg.GetLease()),
+		checkDuration("max_pause", msg.GetMaxPause()),
 		checkLength("request_id", msg.GetRequestId(), maxRequestID),
 	)
 }
@@ -152,7 +157,7 @@ func checkListOperations(msg *vmsnapv1.ListOperationsRequest) error {
 }
 
 var quiesces = map[vmsnapv1.Quiesce]agent.Quiesce{
-	vmsnapv1.Quiesce_QUIESCE_UNSPECIFIED: agent.QuiescePrefer,
+	vmsnapv1.Quiesce_QUIESCE_UNSPECIFIED: "",
 	vmsnapv1.Quiesce_QUIESCE_REQUIRE:     agent.QuiesceRequire,
 	vmsnapv1.Quiesce_QUIESCE_PREFER:      agent.QuiescePrefer,
 	vmsnapv1.Quiesce_QUIESCE_NONE:        agent.QuiesceNone,
@@ -160,3 +165,13 @@ var quiesces = map[vmsnapv1.Quiesce]agent.Quiesce{
 
 // quiesceOf returns the agent's word for a checked value.
 func quiesceOf(q vmsnapv1.Quiesce) agent.Quiesce { return quiesces[q] }
+
+var strategyValues = map[vmsnapv1.MemoryStrategy]memdump.Strategy{
+	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_UNSPECIFIED: "",
+	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_BACKGROUND:  memdump.Background,
+	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_PRECOPY:     memdump.Precopy,
+	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_STOPPED:     memdump.Stopped,
+}
+
+// strategyOf returns the word for a checked value.
+func strategyOf(s vmsnapv1.MemoryStrategy) memdump.Strategy { return strategyValues[s] }

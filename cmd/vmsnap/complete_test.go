@@ -29,7 +29,7 @@ func TestCompletion(t *testing.T) {
 		"snapshot create web --quiesce ": "require\nprefer\nnone\n",
 		"snapshot list --sort ":          "time\nname\n",
 		"snapshot show ": "web/before-upgrade\tfilesystem, 3h ago\nweb/nightly\tcrash,partial, 31h ago\n" +
-			"datenbank-東京/stand\tcrash, 2d ago\nweb/alpha\toffline, 40d ago\n",
+			"datenbank-東京/stand\tcrash, 2d ago\nweb/live\tmemory, 5d ago\nweb/alpha\toffline, 40d ago\n",
 		"snapshot rename web/nightly ": "",
 		"operation show ": "0badcafe\tfreeze of web, running\nc0ffee02\tsnapshot of legacy, failed\n" +
 			"c0ffee01\tsnapshot of web, succeeded\n",

@@ -38,6 +38,30 @@ func (q *quiesce) String() string { return string(*q) }
 // Type returns what the help shows for the value.
 func (q *quiesce) Type() string { return "mode" }
 
+// strategy is how memory is saved. It is a flag's value.
+type strategy string
+
+var strategies = map[strategy]vmsnapv1.MemoryStrategy{
+	"background": vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_BACKGROUND,
+	"precopy":    vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_PRECOPY,
+	"stopped":    vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_STOPPED,
+}
+
+// Set takes one of the words.
+func (s *strategy) Set(word string) error {
+	if _, ok := strategies[strategy(word)]; !ok {
+		return fmt.Errorf("%q is none of background, precopy, stopped", word)
+	}
+	*s = strategy(word)
+	return nil
+}
+
+// String returns the word.
+func (s *strategy) String() string { return string(*s) }
+
+// Type returns what the help shows for the value.
+func (s *strategy) Type() string { return "strategy" }
+
 // freezing are the flags of everything that freezes a guest.
 type freezing struct {
 	timeout, lease time.Duration
@@ -75,20 +99,27 @@ type creation struct {
 	quiesce        quiesce
 	freezing       freezing
 	labels         []string
+	strategy       strategy
+	maxPause       time.Duration
 	dryRun, detach bool
 }
 
 func (a *app) snapshotCreate() *cobra.Command {
-	c := creation{quiesce: "prefer"}
+	var c creation
 	cmd := &cobra.Command{
 		Use:   "create VM [NAME]",
-		Short: "Take a snapshot of a VM's disks",
+		Short: "Take a snapshot of a VM's disks, and of its memory",
 		Long: `Take a snapshot of a VM's disks, all at one instant and while it runs. Without
 a NAME one is made up.
 
+With --memory the guest's memory is saved too, of the same instant. Its CPUs
+stand still for milliseconds while QEMU begins to track writes; where that is
+impossible, and why, is in the result. --dry-run predicts the pause, --max-pause
+refuses one that would be too long.
+
 The guest's file systems are frozen for the cut when its guest agent permits:
 --quiesce require fails without a verified freeze, prefer records why there was
-none, none does not freeze. Whatever happens, the guest is thawed when the lease
+none, none does not freeze and is the default with --memory. Whatever happens, the guest is thawed when the lease
 ends.
 
 Ctrl-C cancels the snapshot and waits until what it did is undone; a second one
@@ -96,6 +127,7 @@ leaves it to itself. With the same --request-id a repeated command returns the
 first one's snapshot instead of taking another.`,
 		Example: `  vmsnap snapshot create web before-upgrade
   vmsnap snapshot create web --quiesce require --label team=infra
+  vmsnap snapshot create web --memory --max-pause 200ms
   vmsnap snapshot create web --disk root --dry-run
   vmsnap snapshot create web nightly --exclude scratch --detach -o name`,
 		Args:              takes("VM", "[NAME]"),
@@ -114,7 +146,11 @@ first one's snapshot instead of taking another.`,
 	flags := cmd.Flags()
 	flags.StringArrayVar(&c.req.Disks, "disk", nil, "take only this `disk`; may be repeated")
 	flags.StringArrayVar(&c.req.Exclude, "exclude", nil, "leave out this `disk`; may be repeated")
-	flags.Var(&c.quiesce, "quiesce", "freeze the guest: require, prefer or none")
+	flags.Var(&c.quiesce, "quiesce", "freeze the guest: require, prefer or none (default prefer, with --memory none)")
+	flags.BoolVar(&c.req.Memory, "memory", false, "save the guest's memory too")
+	flags.Var(&c.strategy, "memory-strategy", "how to save it: background, precopy or stopped (default: the best that works)")
+	flags.DurationVar(&c.maxPause, "max-pause", 0, "refuse if the guest would stand still for longer, warn if it did")
+	flags.BoolVar(&c.req.Compress, "compress", false, "compress the memory once it is saved")
 	flags.StringVar(&c.req.Description, "description", "", "what the snapshot is for")
 	flags.StringArrayVar(&c.labels, "label", nil, "a label, `key=value`; may be repeated")
 	flags.BoolVar(&c.dryRun, "dry-run", false, "only say what would be done, or why it would be refused")
@@ -122,7 +158,8 @@ first one's snapshot instead of taking another.`,
 	flags.BoolVar(&c.req.AllowPartial, "allow-partial", false, "let a disk that fails drop out, and exit with 3")
 	flags.BoolVar(&c.detach, "detach", false, "return when the operation has begun")
 	flags.StringVar(&c.req.RequestId, "request-id", "", "makes repeating the command safe, for 30 days")
-	noFiles(cmd, "description", "label", "request-id")
+	noFiles(cmd, "description", "label", "request-id", "max-pause")
+	must(cmd.RegisterFlagCompletionFunc("memory-strategy", cobra.FixedCompletions([]string{"background", "precopy", "stopped"}, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("quiesce", cobra.FixedCompletions([]string{"require", "prefer", "none"}, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("disk", a.completing(a.completeDisks)))
 	must(cmd.RegisterFlagCompletionFunc("exclude", a.completing(a.completeDisks)))
@@ -137,6 +174,14 @@ func (c *creation) complete(cmd *cobra.Command, args []string) error {
 	if c.dryRun && c.detach {
 		return usage(cmd, "--dry-run and --detach exclude each other")
 	}
+	for _, name := range []string{"memory-strategy", "max-pause", "compress"} {
+		if cmd.Flags().Changed(name) && !c.req.GetMemory() {
+			return usage(cmd, "--%s is about memory: give --memory too", name)
+		}
+	}
+	if cmd.Flags().Changed("max-pause") && c.maxPause <= 0 {
+		return usage(cmd, "--max-pause must be more than zero")
+	}
 	labels, err := parseLabels(cmd, c.labels)
 	if err != nil {
 		return err
@@ -147,6 +192,8 @@ func (c *creation) complete(cmd *cobra.Command, args []string) error {
 	}
 	c.req.Labels = labels
 	c.req.Quiesce = quiesces[c.quiesce]
+	c.req.MemoryStrategy = strategies[c.strategy]
+	c.req.MaxPause = optional(c.maxPause)
 	c.req.Mountpoints = c.freezing.mountpoints
 	c.req.FreezeTimeout = optional(c.freezing.timeout)
 	c.req.Lease = optional(c.freezing.lease)
@@ -256,6 +303,9 @@ func takenResult(s *vmsnapv1.Snapshot) result {
 			return detail(p, wide)
 		}
 		text := fmt.Sprintf("%s taken, %s consistent", snapshotName(s), word(s.GetConsistency()))
+		if m := s.GetMemory(); m != nil {
+			text += fmt.Sprintf(", %s of memory saved with a pause of %s", size(m.GetSize()), brief(m.GetPause().AsDuration()))
+		}
 		if q := s.GetQuiesce(); q.GetFreezeWindow() != nil {
 			text += fmt.Sprintf(", %d of %d file systems frozen for %s", q.GetFrozen(), q.GetTotal(), windowText(q))
 		} else if q.GetReason() != "" {

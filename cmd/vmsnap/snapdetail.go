@@ -25,6 +25,8 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 		"Consistency", word(s.GetConsistency()),
 		"Partial", partial,
 		"Quiesce", quiesceText(s.GetQuiesce()),
+		"Memory", memoryText(s.GetMemory()),
+		"Memory file", s.GetMemory().GetPath(),
 		"Description", s.GetDescription(),
 		"Labels", labelsText(s.GetLabels()),
 		"Operation", s.GetOperationId(),
@@ -55,6 +57,40 @@ func quiesceText(q *vmsnapv1.QuiesceResult) string {
 		text += ": " + q.GetReason()
 	}
 	return text
+}
+
+// memoryText says what was saved, how, and what it cost the guest.
+func memoryText(m *vmsnapv1.SnapshotMemory) string {
+	if m == nil {
+		return ""
+	}
+	text := size(m.GetSize())
+	if m.GetCompressed() {
+		text += fmt.Sprintf(" (%s uncompressed)", size(m.GetStreamSize()))
+	}
+	return fmt.Sprintf("%s in %s, pause %s, %s: %s", text, brief(m.GetDuration().AsDuration()),
+		brief(m.GetPause().AsDuration()), word(m.GetStrategy()), m.GetReason())
+}
+
+// memoryPlan is what saving the memory would take.
+func memoryPlan(p page, m *vmsnapv1.PlanMemory) {
+	if m == nil {
+		return
+	}
+	dirty := ""
+	if m.GetDirtyRate() > 0 {
+		dirty = size(m.GetDirtyRate()) + "/s"
+	}
+	p.line("")
+	p.line("Memory:")
+	p.columns("  ", [][]string{
+		{"strategy", word(m.GetStrategy()) + ": " + m.GetReason()},
+		{"file in", fmt.Sprintf("%s (%s free, %s set aside)", m.GetDirectory(), size(m.GetFree()), size(m.GetReserve()))},
+		{"guest memory", size(m.GetRam())},
+		{"dirtied at", dirty},
+		{"would save", fmt.Sprintf("about %s in %s", size(m.GetBytes()), brief(m.GetDuration().AsDuration()))},
+		{"pause", "about " + brief(m.GetPause().AsDuration())},
+	})
 }
 
 func warningList(p page, warnings []*vmsnapv1.Warning) {
@@ -100,6 +136,7 @@ func planResult(plan *vmsnapv1.Plan) result {
 			rows = append(rows, row)
 		}
 		p.columns("  ", rows)
+		memoryPlan(p, plan.GetMemory())
 		warningList(p, plan.GetWarnings())
 		if len(plan.GetBlockers()) > 0 {
 			p.line("")

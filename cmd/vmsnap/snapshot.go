@@ -16,8 +16,8 @@ import (
 func (a *app) snapshot() *cobra.Command {
 	return a.group(&cobra.Command{
 		Use:   "snapshot",
-		Short: "Take, show and rename snapshots",
-	}, a.snapshotCreate(), a.snapshotList(), a.snapshotShow(), a.snapshotRename())
+		Short: "Take, show, verify and rename snapshots",
+	}, a.snapshotCreate(), a.snapshotList(), a.snapshotShow(), a.snapshotVerify(), a.snapshotRename())
 }
 
 func (a *app) snapshotList() *cobra.Command {
@@ -97,13 +97,13 @@ func snapshotsResult(msg *vmsnapv1.ListSnapshotsResponse) result {
 	r.human = func(p page, wide bool) error {
 		header := []string{"SNAPSHOT", "CONSISTENCY", "DISKS", "TAKEN"}
 		if wide {
-			header = append(header, "ID", "FROZEN", "WINDOW", "LABELS", "WARNINGS", "DESCRIPTION")
+			header = append(header, "ID", "FROZEN", "WINDOW", "MEMORY", "LABELS", "WARNINGS", "DESCRIPTION")
 		}
 		rows := [][]string{header}
 		for _, s := range msg.GetSnapshots() {
 			row := []string{snapshotName(s), consistencyText(s), diskCount(s), p.ago(s.GetCreated())}
 			if wide {
-				row = append(row, s.GetId(), frozenCount(s.GetQuiesce()), windowText(s.GetQuiesce()),
+				row = append(row, s.GetId(), frozenCount(s.GetQuiesce()), windowText(s.GetQuiesce()), memorySize(s.GetMemory()),
 					labelsText(s.GetLabels()), warningCodes(s.GetWarnings()), s.GetDescription())
 			}
 			rows = append(rows, row)
@@ -181,6 +181,44 @@ func (a *app) snapshotShow() *cobra.Command {
 				return err
 			}
 			return a.print(snapshotResult(res.Msg.GetSnapshot()))
+		},
+	}
+}
+
+func memorySize(m *vmsnapv1.SnapshotMemory) string {
+	if m == nil {
+		return ""
+	}
+	return size(m.GetSize())
+}
+
+func (a *app) snapshotVerify() *cobra.Command {
+	return &cobra.Command{
+		Use:   "verify VM/NAME",
+		Short: "Check a snapshot's memory against its checksum",
+		Long: `Read a snapshot's memory file and compare it with the checksum that was taken
+when it was saved. Fails if the file was altered, cut short or is gone.`,
+		Example:           `  vmsnap snapshot verify web/before-upgrade`,
+		Args:              takes("VM/NAME"),
+		ValidArgsFunction: a.completing(a.completeSnapshots),
+		RunE: func(_ *cobra.Command, args []string) error {
+			daemon := a.client()
+			ctx, cancel := context.WithTimeout(a.forced, callTimeout)
+			defer cancel()
+			res, err := daemon.Snapshots().VerifySnapshot(ctx, connect.NewRequest(&vmsnapv1.VerifySnapshotRequest{Snapshot: args[0]}))
+			if err != nil {
+				return err
+			}
+			operation, err := a.stay(daemon, res.Msg.GetOperation())
+			if err != nil {
+				return err
+			}
+			r := operationResult(operation)
+			r.human = func(p page, _ bool) error {
+				p.line("%s is as it was saved.", args[0])
+				return nil
+			}
+			return a.print(r)
 		},
 	}
 }

@@ -18,6 +18,7 @@ import (
 type Script struct {
 	Create func(context.Context, agent.SnapshotRequest) (op.Record, error)
 	Plan   func(context.Context, agent.SnapshotRequest) (agent.Plan, error)
+	Verify func(ctx context.Context, ref string, uid uint32) (op.Record, error)
 	Freeze func(context.Context, agent.FreezeRequest) (agent.FreezeView, error)
 	Thaw   func(context.Context, string) (agent.ThawResult, error)
 	Forget func(context.Context, string, bool) ([]string, error)
@@ -215,6 +216,14 @@ func (b *Backend) index(ref string) int {
 	return slices.IndexFunc(b.snapshots, func(s agent.SnapshotView) bool {
 		return ref == s.ID || ref == s.VMName+"/"+s.Name
 	})
+}
+
+// VerifySnapshot is an error unless it is scripted.
+func (b *Backend) VerifySnapshot(ctx context.Context, ref string, uid uint32) (op.Record, error) {
+	if f := b.scripted().Verify; f != nil {
+		return f(ctx, ref, uid)
+	}
+	return op.Record{}, fault.New(fault.Unsupported, "no script for verifying snapshots")
 }
 
 // RenameSnapshot renames a snapshot.

@@ -7,6 +7,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // Now is the time at which the samples are looked at.
@@ -122,13 +123,20 @@ func sampleSnapshots() []agent.SnapshotView {
 	nightly.Partial = true
 	first := web("a1b2c3d6", "alpha", 40*24*time.Hour, catalog.Offline)
 	first.Quiesce = catalog.Quiesce{Requested: "none"}
+	live := web("a1b2c3d8", "live", 5*24*time.Hour, catalog.Memory)
+	live.Quiesce = catalog.Quiesce{Requested: "none"}
+	live.Memory = &catalog.SavedMemory{
+		Path: "/srv/vm/web/.vmsnap/9e107d9d.mem", Strategy: "background", Reason: "QEMU 10.0 can track writes",
+		Size: 3 * gib, StreamSize: 7 * gib, Compressed: true, Checksum: "d41d8cd98f00b204e9800998ecf8427e", RAM: 8 * gib,
+		Pause: 23 * time.Millisecond, Duration: 12400 * time.Millisecond,
+	}
 	db := catalog.Snapshot{
 		ID: "a1b2c3d7", VMID: "6a6b6c6d", VMName: "datenbank-東京", Name: "stand", Created: Now.Add(-50 * time.Hour),
 		Consistency: catalog.Crash, Quiesce: catalog.Quiesce{Requested: "prefer", Reason: "the VM is stopped"},
 		Disks: []catalog.SnapshotDisk{{Device: "virtio0", LayerID: "55ee66ff", Size: 100 * gib}},
 	}
 	var out []agent.SnapshotView
-	for _, s := range []catalog.Snapshot{first, db, nightly, upgrade} {
+	for _, s := range []catalog.Snapshot{first, live, db, nightly, upgrade} {
 		out = append(out, agent.SnapshotView{Snapshot: s, Layers: layers})
 	}
 	return out
@@ -184,8 +192,16 @@ func SamplePlan(req agent.SnapshotRequest) agent.Plan {
 	if name == "" {
 		name = "2026-03-14-092653"
 	}
+	var memory *agent.PlanMemory
+	if req.Memory {
+		memory = &agent.PlanMemory{
+			Strategy: memdump.Background, Reason: "QEMU 10.0 can track writes", Directory: "/srv/vm/web/.vmsnap", Free: 120 * gib,
+			Reserve: 9 * gib, RAM: 8 * gib, Bytes: 7 * gib, Duration: 12 * time.Second, Pause: 30 * time.Millisecond, DirtyRate: 100 << 20,
+		}
+	}
 	return agent.Plan{
-		VM: req.VM, Name: name, Live: true, Consistency: catalog.Filesystem, Window: 84 * time.Millisecond,
+		Memory: memory,
+		VM:     req.VM, Name: name, Live: true, Consistency: catalog.Filesystem, Window: 84 * time.Millisecond,
 		Disks: []agent.PlanDisk{
 			{Device: "root", Directory: "/srv/vm/web", Free: 120 * gib, VirtualSize: 20 * gib, Settle: agent.SettleLive},
 			{Device: "data", Excluded: true, VirtualSize: 500 * gib},

@@ -528,7 +528,8 @@ type CreateSnapshotRequest struct {
 	// All disks when empty.
 	Disks   []string `protobuf:"bytes,5,rep,name=disks,proto3" json:"disks,omitempty"`
 	Exclude []string `protobuf:"bytes,6,rep,name=exclude,proto3" json:"exclude,omitempty"`
-	Quiesce Quiesce  `protobuf:"varint,7,opt,name=quiesce,proto3,enum=vmsnap.v1.Quiesce" json:"quiesce,omitempty"`
+	// Unspecified: prefer, or none when memory is saved.
+	Quiesce Quiesce `protobuf:"varint,7,opt,name=quiesce,proto3,enum=vmsnap.v1.Quiesce" json:"quiesce,omitempty"`
 	// Freeze only these mount points of the guest.
 	Mountpoints []string `protobuf:"bytes,8,rep,name=mountpoints,proto3" json:"mountpoints,omitempty"`
 	// How long the guest may take to answer the freeze. Default 15 s.
@@ -540,7 +541,16 @@ type CreateSnapshotRequest struct {
 	// A failing disk drops out instead of failing the snapshot.
 	AllowPartial bool `protobuf:"varint,12,opt,name=allow_partial,json=allowPartial,proto3" json:"allow_partial,omitempty"`
 	// Makes a repeated request return the first one's operation. Kept 30 days.
-	RequestId     string `protobuf:"bytes,13,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,13,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Save the guest's memory too, of the same instant as the disks.
+	Memory bool `protobuf:"varint,14,opt,name=memory,proto3" json:"memory,omitempty"`
+	// Unspecified: chosen by what QEMU, the machine and the kernel can do.
+	MemoryStrategy MemoryStrategy `protobuf:"varint,15,opt,name=memory_strategy,json=memoryStrategy,proto3,enum=vmsnap.v1.MemoryStrategy" json:"memory_strategy,omitempty"`
+	// Refuse when the guest's CPUs are predicted to stand still for longer, and
+	// warn when they did. Absent: no limit.
+	MaxPause *durationpb.Duration `protobuf:"bytes,16,opt,name=max_pause,json=maxPause,proto3" json:"max_pause,omitempty"`
+	// Compress the memory file once it is saved.
+	Compress      bool `protobuf:"varint,17,opt,name=compress,proto3" json:"compress,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -666,6 +676,34 @@ func (x *CreateSnapshotRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *CreateSnapshotRequest) GetMemory() bool {
+	if x != nil {
+		return x.Memory
+	}
+	return false
+}
+
+func (x *CreateSnapshotRequest) GetMemoryStrategy() MemoryStrategy {
+	if x != nil {
+		return x.MemoryStrategy
+	}
+	return MemoryStrategy_MEMORY_STRATEGY_UNSPECIFIED
+}
+
+func (x *CreateSnapshotRequest) GetMaxPause() *durationpb.Duration {
+	if x != nil {
+		return x.MaxPause
+	}
+	return nil
+}
+
+func (x *CreateSnapshotRequest) GetCompress() bool {
+	if x != nil {
+		return x.Compress
+	}
+	return false
+}
+
 type CreateSnapshotResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
@@ -710,6 +748,95 @@ func (x *CreateSnapshotResponse) GetOperation() *Operation {
 	return nil
 }
 
+type VerifySnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// VM/NAME or id.
+	Snapshot      string `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifySnapshotRequest) Reset() {
+	*x = VerifySnapshotRequest{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifySnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifySnapshotRequest) ProtoMessage() {}
+
+func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifySnapshotRequest.ProtoReflect.Descriptor instead.
+func (*VerifySnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *VerifySnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+type VerifySnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifySnapshotResponse) Reset() {
+	*x = VerifySnapshotResponse{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifySnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifySnapshotResponse) ProtoMessage() {}
+
+func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifySnapshotResponse.ProtoReflect.Descriptor instead.
+func (*VerifySnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *VerifySnapshotResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
 type PlanSnapshotResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Plan          *Plan                  `protobuf:"bytes,1,opt,name=plan,proto3" json:"plan,omitempty"`
@@ -719,7 +846,7 @@ type PlanSnapshotResponse struct {
 
 func (x *PlanSnapshotResponse) Reset() {
 	*x = PlanSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -731,7 +858,7 @@ func (x *PlanSnapshotResponse) String() string {
 func (*PlanSnapshotResponse) ProtoMessage() {}
 
 func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -744,7 +871,7 @@ func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*PlanSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PlanSnapshotResponse) GetPlan() *Plan {
@@ -767,15 +894,17 @@ type Plan struct {
 	Consistency Consistency `protobuf:"varint,6,opt,name=consistency,proto3,enum=vmsnap.v1.Consistency" json:"consistency,omitempty"`
 	// Predicted from the guest's earlier freezes; absent when there were none
 	// or nothing is frozen.
-	FreezeWindow  *durationpb.Duration `protobuf:"bytes,7,opt,name=freeze_window,json=freezeWindow,proto3" json:"freeze_window,omitempty"`
-	Live          bool                 `protobuf:"varint,8,opt,name=live,proto3" json:"live,omitempty"`
+	FreezeWindow *durationpb.Duration `protobuf:"bytes,7,opt,name=freeze_window,json=freezeWindow,proto3" json:"freeze_window,omitempty"`
+	Live         bool                 `protobuf:"varint,8,opt,name=live,proto3" json:"live,omitempty"`
+	// Absent when memory is not saved.
+	Memory        *PlanMemory `protobuf:"bytes,9,opt,name=memory,proto3" json:"memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +916,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +929,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Plan) GetVmName() string {
@@ -859,6 +988,136 @@ func (x *Plan) GetLive() bool {
 	return false
 }
 
+func (x *Plan) GetMemory() *PlanMemory {
+	if x != nil {
+		return x.Memory
+	}
+	return nil
+}
+
+// PlanMemory is what saving the memory would take.
+type PlanMemory struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Strategy MemoryStrategy         `protobuf:"varint,1,opt,name=strategy,proto3,enum=vmsnap.v1.MemoryStrategy" json:"strategy,omitempty"`
+	// Why this strategy.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Where the file is made, and the bytes free there.
+	Directory string `protobuf:"bytes,3,opt,name=directory,proto3" json:"directory,omitempty"`
+	Free      uint64 `protobuf:"varint,4,opt,name=free,proto3" json:"free,omitempty"`
+	// Bytes that are set aside for the file.
+	Reserve uint64 `protobuf:"varint,5,opt,name=reserve,proto3" json:"reserve,omitempty"`
+	// The guest's memory, in bytes.
+	Ram uint64 `protobuf:"varint,6,opt,name=ram,proto3" json:"ram,omitempty"`
+	// Predictions: bytes written, time taken, and how long the CPUs stand still.
+	Bytes    uint64               `protobuf:"varint,7,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Duration *durationpb.Duration `protobuf:"bytes,8,opt,name=duration,proto3" json:"duration,omitempty"`
+	Pause    *durationpb.Duration `protobuf:"bytes,9,opt,name=pause,proto3" json:"pause,omitempty"`
+	// Bytes a second that the guest dirties. 0 when unknown.
+	DirtyRate     uint64 `protobuf:"varint,10,opt,name=dirty_rate,json=dirtyRate,proto3" json:"dirty_rate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanMemory) Reset() {
+	*x = PlanMemory{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanMemory) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanMemory) ProtoMessage() {}
+
+func (x *PlanMemory) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanMemory.ProtoReflect.Descriptor instead.
+func (*PlanMemory) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PlanMemory) GetStrategy() MemoryStrategy {
+	if x != nil {
+		return x.Strategy
+	}
+	return MemoryStrategy_MEMORY_STRATEGY_UNSPECIFIED
+}
+
+func (x *PlanMemory) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *PlanMemory) GetDirectory() string {
+	if x != nil {
+		return x.Directory
+	}
+	return ""
+}
+
+func (x *PlanMemory) GetFree() uint64 {
+	if x != nil {
+		return x.Free
+	}
+	return 0
+}
+
+func (x *PlanMemory) GetReserve() uint64 {
+	if x != nil {
+		return x.Reserve
+	}
+	return 0
+}
+
+func (x *PlanMemory) GetRam() uint64 {
+	if x != nil {
+		return x.Ram
+	}
+	return 0
+}
+
+func (x *PlanMemory) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *PlanMemory) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+func (x *PlanMemory) GetPause() *durationpb.Duration {
+	if x != nil {
+		return x.Pause
+	}
+	return nil
+}
+
+func (x *PlanMemory) GetDirtyRate() uint64 {
+	if x != nil {
+		return x.DirtyRate
+	}
+	return 0
+}
+
 type PlanDisk struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Device   string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
@@ -875,7 +1134,7 @@ type PlanDisk struct {
 
 func (x *PlanDisk) Reset() {
 	*x = PlanDisk{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -887,7 +1146,7 @@ func (x *PlanDisk) String() string {
 func (*PlanDisk) ProtoMessage() {}
 
 func (x *PlanDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -900,7 +1159,7 @@ func (x *PlanDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanDisk.ProtoReflect.Descriptor instead.
 func (*PlanDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PlanDisk) GetDevice() string {
@@ -957,7 +1216,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1228,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1241,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListSnapshotsRequest) GetVm() string {
@@ -1008,7 +1267,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1020,7 +1279,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1033,7 +1292,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{16}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1052,7 +1311,7 @@ type GetSnapshotRequest struct {
 
 func (x *GetSnapshotRequest) Reset() {
 	*x = GetSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1064,7 +1323,7 @@ func (x *GetSnapshotRequest) String() string {
 func (*GetSnapshotRequest) ProtoMessage() {}
 
 func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1077,7 +1336,7 @@ func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*GetSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{17}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetSnapshotRequest) GetSnapshot() string {
@@ -1096,7 +1355,7 @@ type GetSnapshotResponse struct {
 
 func (x *GetSnapshotResponse) Reset() {
 	*x = GetSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1367,7 @@ func (x *GetSnapshotResponse) String() string {
 func (*GetSnapshotResponse) ProtoMessage() {}
 
 func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1380,7 @@ func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*GetSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{18}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GetSnapshotResponse) GetSnapshot() *Snapshot {
@@ -1141,7 +1400,7 @@ type RenameSnapshotRequest struct {
 
 func (x *RenameSnapshotRequest) Reset() {
 	*x = RenameSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1153,7 +1412,7 @@ func (x *RenameSnapshotRequest) String() string {
 func (*RenameSnapshotRequest) ProtoMessage() {}
 
 func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1166,7 +1425,7 @@ func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{19}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RenameSnapshotRequest) GetSnapshot() string {
@@ -1192,7 +1451,7 @@ type RenameSnapshotResponse struct {
 
 func (x *RenameSnapshotResponse) Reset() {
 	*x = RenameSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1204,7 +1463,7 @@ func (x *RenameSnapshotResponse) String() string {
 func (*RenameSnapshotResponse) ProtoMessage() {}
 
 func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1217,7 +1476,7 @@ func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RenameSnapshotResponse) GetSnapshot() *Snapshot {
@@ -1240,7 +1499,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1511,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1524,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListOperationsRequest) GetVm() string {
@@ -1298,7 +1557,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1569,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1582,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -1342,7 +1601,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1354,7 +1613,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1367,7 +1626,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -1386,7 +1645,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1398,7 +1657,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1411,7 +1670,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -1430,7 +1689,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1442,7 +1701,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1455,7 +1714,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -1474,7 +1733,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1486,7 +1745,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1499,7 +1758,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -1518,7 +1777,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1530,7 +1789,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1543,7 +1802,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -1562,7 +1821,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1574,7 +1833,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1587,7 +1846,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -1628,7 +1887,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x0eThawVMResponse\x12\x1d\n" +
 	"\n" +
 	"was_frozen\x18\x01 \x01(\bR\twasFrozen\x12>\n" +
-	"\rfreeze_window\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\"\xad\x04\n" +
+	"\rfreeze_window\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\"\xdd\x05\n" +
 	"\x15CreateSnapshotRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
@@ -1644,14 +1903,22 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x06strict\x18\v \x01(\bR\x06strict\x12#\n" +
 	"\rallow_partial\x18\f \x01(\bR\fallowPartial\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\r \x01(\tR\trequestId\x1a9\n" +
+	"request_id\x18\r \x01(\tR\trequestId\x12\x16\n" +
+	"\x06memory\x18\x0e \x01(\bR\x06memory\x12B\n" +
+	"\x0fmemory_strategy\x18\x0f \x01(\x0e2\x19.vmsnap.v1.MemoryStrategyR\x0ememoryStrategy\x126\n" +
+	"\tmax_pause\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\bmaxPause\x12\x1a\n" +
+	"\bcompress\x18\x11 \x01(\bR\bcompress\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"L\n" +
 	"\x16CreateSnapshotResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"3\n" +
+	"\x15VerifySnapshotRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\"L\n" +
+	"\x16VerifySnapshotResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\";\n" +
 	"\x14PlanSnapshotResponse\x12#\n" +
-	"\x04plan\x18\x01 \x01(\v2\x0f.vmsnap.v1.PlanR\x04plan\"\xca\x02\n" +
+	"\x04plan\x18\x01 \x01(\v2\x0f.vmsnap.v1.PlanR\x04plan\"\xf9\x02\n" +
 	"\x04Plan\x12\x17\n" +
 	"\avm_name\x18\x01 \x01(\tR\x06vmName\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12)\n" +
@@ -1660,7 +1927,22 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\bblockers\x18\x05 \x03(\v2\x10.vmsnap.v1.ErrorR\bblockers\x128\n" +
 	"\vconsistency\x18\x06 \x01(\x0e2\x16.vmsnap.v1.ConsistencyR\vconsistency\x12>\n" +
 	"\rfreeze_window\x18\a \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\x12\x12\n" +
-	"\x04live\x18\b \x01(\bR\x04live\"\xab\x01\n" +
+	"\x04live\x18\b \x01(\bR\x04live\x12-\n" +
+	"\x06memory\x18\t \x01(\v2\x15.vmsnap.v1.PlanMemoryR\x06memory\"\xd6\x02\n" +
+	"\n" +
+	"PlanMemory\x125\n" +
+	"\bstrategy\x18\x01 \x01(\x0e2\x19.vmsnap.v1.MemoryStrategyR\bstrategy\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1c\n" +
+	"\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x12\n" +
+	"\x04free\x18\x04 \x01(\x04R\x04free\x12\x18\n" +
+	"\areserve\x18\x05 \x01(\x04R\areserve\x12\x10\n" +
+	"\x03ram\x18\x06 \x01(\x04R\x03ram\x12\x14\n" +
+	"\x05bytes\x18\a \x01(\x04R\x05bytes\x125\n" +
+	"\bduration\x18\b \x01(\v2\x19.google.protobuf.DurationR\bduration\x12/\n" +
+	"\x05pause\x18\t \x01(\v2\x19.google.protobuf.DurationR\x05pause\x12\x1d\n" +
+	"\n" +
+	"dirty_rate\x18\n" +
+	" \x01(\x04R\tdirtyRate\"\xab\x01\n" +
 	"\bPlanDisk\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1a\n" +
 	"\bexcluded\x18\x02 \x01(\bR\bexcluded\x12\x1c\n" +
@@ -1710,13 +1992,14 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x05GetVM\x12\x17.vmsnap.v1.GetVMRequest\x1a\x18.vmsnap.v1.GetVMResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\bForgetVM\x12\x1a.vmsnap.v1.ForgetVMRequest\x1a\x1b.vmsnap.v1.ForgetVMResponse\x12C\n" +
 	"\bFreezeVM\x12\x1a.vmsnap.v1.FreezeVMRequest\x1a\x1b.vmsnap.v1.FreezeVMResponse\x12=\n" +
-	"\x06ThawVM\x12\x18.vmsnap.v1.ThawVMRequest\x1a\x19.vmsnap.v1.ThawVMResponse2\xc3\x03\n" +
+	"\x06ThawVM\x12\x18.vmsnap.v1.ThawVMRequest\x1a\x19.vmsnap.v1.ThawVMResponse2\x9a\x04\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12V\n" +
 	"\fPlanSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a\x1f.vmsnap.v1.PlanSnapshotResponse\"\x03\x90\x02\x01\x12W\n" +
 	"\rListSnapshots\x12\x1f.vmsnap.v1.ListSnapshotsRequest\x1a .vmsnap.v1.ListSnapshotsResponse\"\x03\x90\x02\x01\x12Q\n" +
 	"\vGetSnapshot\x12\x1d.vmsnap.v1.GetSnapshotRequest\x1a\x1e.vmsnap.v1.GetSnapshotResponse\"\x03\x90\x02\x01\x12U\n" +
-	"\x0eRenameSnapshot\x12 .vmsnap.v1.RenameSnapshotRequest\x1a!.vmsnap.v1.RenameSnapshotResponse2\xf7\x02\n" +
+	"\x0eRenameSnapshot\x12 .vmsnap.v1.RenameSnapshotRequest\x1a!.vmsnap.v1.RenameSnapshotResponse\x12U\n" +
+	"\x0eVerifySnapshot\x12 .vmsnap.v1.VerifySnapshotRequest\x1a!.vmsnap.v1.VerifySnapshotResponse2\xf7\x02\n" +
 	"\x10OperationService\x12Z\n" +
 	"\x0eListOperations\x12 .vmsnap.v1.ListOperationsRequest\x1a!.vmsnap.v1.ListOperationsResponse\"\x03\x90\x02\x01\x12T\n" +
 	"\fGetOperation\x12\x1e.vmsnap.v1.GetOperationRequest\x1a\x1f.vmsnap.v1.GetOperationResponse\"\x03\x90\x02\x01\x12W\n" +
@@ -1735,7 +2018,7 @@ func file_vmsnap_v1_services_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_services_proto_rawDescData
 }
 
-var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*ListVMsRequest)(nil),          // 0: vmsnap.v1.ListVMsRequest
 	(*ListVMsResponse)(nil),         // 1: vmsnap.v1.ListVMsResponse
@@ -1749,94 +2032,107 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*ThawVMResponse)(nil),          // 9: vmsnap.v1.ThawVMResponse
 	(*CreateSnapshotRequest)(nil),   // 10: vmsnap.v1.CreateSnapshotRequest
 	(*CreateSnapshotResponse)(nil),  // 11: vmsnap.v1.CreateSnapshotResponse
-	(*PlanSnapshotResponse)(nil),    // 12: vmsnap.v1.PlanSnapshotResponse
-	(*Plan)(nil),                    // 13: vmsnap.v1.Plan
-	(*PlanDisk)(nil),                // 14: vmsnap.v1.PlanDisk
-	(*ListSnapshotsRequest)(nil),    // 15: vmsnap.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),   // 16: vmsnap.v1.ListSnapshotsResponse
-	(*GetSnapshotRequest)(nil),      // 17: vmsnap.v1.GetSnapshotRequest
-	(*GetSnapshotResponse)(nil),     // 18: vmsnap.v1.GetSnapshotResponse
-	(*RenameSnapshotRequest)(nil),   // 19: vmsnap.v1.RenameSnapshotRequest
-	(*RenameSnapshotResponse)(nil),  // 20: vmsnap.v1.RenameSnapshotResponse
-	(*ListOperationsRequest)(nil),   // 21: vmsnap.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 22: vmsnap.v1.ListOperationsResponse
-	(*GetOperationRequest)(nil),     // 23: vmsnap.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 24: vmsnap.v1.GetOperationResponse
-	(*WatchOperationRequest)(nil),   // 25: vmsnap.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 26: vmsnap.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 27: vmsnap.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 28: vmsnap.v1.CancelOperationResponse
-	nil,                             // 29: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	nil,                             // 30: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	(*VM)(nil),                      // 31: vmsnap.v1.VM
-	(*durationpb.Duration)(nil),     // 32: google.protobuf.Duration
-	(*Freeze)(nil),                  // 33: vmsnap.v1.Freeze
-	(Quiesce)(0),                    // 34: vmsnap.v1.Quiesce
-	(*Operation)(nil),               // 35: vmsnap.v1.Operation
-	(*Warning)(nil),                 // 36: vmsnap.v1.Warning
-	(*Error)(nil),                   // 37: vmsnap.v1.Error
-	(Consistency)(0),                // 38: vmsnap.v1.Consistency
-	(*Snapshot)(nil),                // 39: vmsnap.v1.Snapshot
+	(*VerifySnapshotRequest)(nil),   // 12: vmsnap.v1.VerifySnapshotRequest
+	(*VerifySnapshotResponse)(nil),  // 13: vmsnap.v1.VerifySnapshotResponse
+	(*PlanSnapshotResponse)(nil),    // 14: vmsnap.v1.PlanSnapshotResponse
+	(*Plan)(nil),                    // 15: vmsnap.v1.Plan
+	(*PlanMemory)(nil),              // 16: vmsnap.v1.PlanMemory
+	(*PlanDisk)(nil),                // 17: vmsnap.v1.PlanDisk
+	(*ListSnapshotsRequest)(nil),    // 18: vmsnap.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),   // 19: vmsnap.v1.ListSnapshotsResponse
+	(*GetSnapshotRequest)(nil),      // 20: vmsnap.v1.GetSnapshotRequest
+	(*GetSnapshotResponse)(nil),     // 21: vmsnap.v1.GetSnapshotResponse
+	(*RenameSnapshotRequest)(nil),   // 22: vmsnap.v1.RenameSnapshotRequest
+	(*RenameSnapshotResponse)(nil),  // 23: vmsnap.v1.RenameSnapshotResponse
+	(*ListOperationsRequest)(nil),   // 24: vmsnap.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 25: vmsnap.v1.ListOperationsResponse
+	(*GetOperationRequest)(nil),     // 26: vmsnap.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 27: vmsnap.v1.GetOperationResponse
+	(*WatchOperationRequest)(nil),   // 28: vmsnap.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 29: vmsnap.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 30: vmsnap.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 31: vmsnap.v1.CancelOperationResponse
+	nil,                             // 32: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	nil,                             // 33: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	(*VM)(nil),                      // 34: vmsnap.v1.VM
+	(*durationpb.Duration)(nil),     // 35: google.protobuf.Duration
+	(*Freeze)(nil),                  // 36: vmsnap.v1.Freeze
+	(Quiesce)(0),                    // 37: vmsnap.v1.Quiesce
+	(MemoryStrategy)(0),             // 38: vmsnap.v1.MemoryStrategy
+	(*Operation)(nil),               // 39: vmsnap.v1.Operation
+	(*Warning)(nil),                 // 40: vmsnap.v1.Warning
+	(*Error)(nil),                   // 41: vmsnap.v1.Error
+	(Consistency)(0),                // 42: vmsnap.v1.Consistency
+	(*Snapshot)(nil),                // 43: vmsnap.v1.Snapshot
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
-	31, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
-	31, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
-	32, // 2: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
-	32, // 3: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	33, // 4: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
-	32, // 5: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
-	29, // 6: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	34, // 7: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
-	32, // 8: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	32, // 9: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
-	35, // 10: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	13, // 11: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
-	14, // 12: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
-	36, // 13: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
-	37, // 14: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
-	38, // 15: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
-	32, // 16: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
-	30, // 17: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	39, // 18: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
-	39, // 19: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	39, // 20: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	35, // 21: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
-	35, // 22: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	35, // 23: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	35, // 24: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	0,  // 25: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
-	2,  // 26: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
-	4,  // 27: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
-	6,  // 28: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
-	8,  // 29: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
-	10, // 30: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	10, // 31: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	15, // 32: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
-	17, // 33: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
-	19, // 34: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
-	21, // 35: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	23, // 36: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	25, // 37: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	27, // 38: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	1,  // 39: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 40: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	5,  // 41: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	7,  // 42: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	9,  // 43: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	11, // 44: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	12, // 45: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	16, // 46: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	18, // 47: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	20, // 48: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	22, // 49: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	24, // 50: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	26, // 51: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	28, // 52: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	39, // [39:53] is the sub-list for method output_type
-	25, // [25:39] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	34, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
+	34, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
+	35, // 2: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
+	35, // 3: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	36, // 4: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
+	35, // 5: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
+	32, // 6: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	37, // 7: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
+	35, // 8: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	35, // 9: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
+	38, // 10: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
+	35, // 11: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
+	39, // 12: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	39, // 13: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	15, // 14: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
+	17, // 15: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
+	40, // 16: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
+	41, // 17: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
+	42, // 18: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
+	35, // 19: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
+	16, // 20: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
+	38, // 21: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	35, // 22: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
+	35, // 23: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
+	33, // 24: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	43, // 25: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
+	43, // 26: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	43, // 27: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	39, // 28: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
+	39, // 29: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	39, // 30: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	39, // 31: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	0,  // 32: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
+	2,  // 33: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
+	4,  // 34: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
+	6,  // 35: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
+	8,  // 36: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
+	10, // 37: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	10, // 38: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	18, // 39: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
+	20, // 40: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
+	22, // 41: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
+	12, // 42: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
+	24, // 43: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	26, // 44: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	28, // 45: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	30, // 46: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	1,  // 47: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 48: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	5,  // 49: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	7,  // 50: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	9,  // 51: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	11, // 52: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	14, // 53: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	19, // 54: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	21, // 55: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	23, // 56: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	13, // 57: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	25, // 58: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	27, // 59: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	29, // 60: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	31, // 61: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	47, // [47:62] is the sub-list for method output_type
+	32, // [32:47] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_services_proto_init() }
@@ -1851,7 +2147,7 @@ func file_vmsnap_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_services_proto_rawDesc), len(file_vmsnap_v1_services_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -230,6 +230,63 @@ func (Quiesce) EnumDescriptor() ([]byte, []int) {
 	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{2}
 }
 
+// MemoryStrategy is how the memory of a running guest is saved.
+type MemoryStrategy int32
+
+const (
+	MemoryStrategy_MEMORY_STRATEGY_UNSPECIFIED MemoryStrategy = 0
+	// QEMU tracks writes: the CPUs stand still until it does, whatever the
+	// memory's size.
+	MemoryStrategy_MEMORY_STRATEGY_BACKGROUND MemoryStrategy = 1
+	// Like a live migration into a file: the CPUs stand still for the last pass.
+	MemoryStrategy_MEMORY_STRATEGY_PRECOPY MemoryStrategy = 2
+	// The CPUs stand still until all is saved.
+	MemoryStrategy_MEMORY_STRATEGY_STOPPED MemoryStrategy = 3
+)
+
+// Enum value maps for MemoryStrategy.
+var (
+	MemoryStrategy_name = map[int32]string{
+		0: "MEMORY_STRATEGY_UNSPECIFIED",
+		1: "MEMORY_STRATEGY_BACKGROUND",
+		2: "MEMORY_STRATEGY_PRECOPY",
+		3: "MEMORY_STRATEGY_STOPPED",
+	}
+	MemoryStrategy_value = map[string]int32{
+		"MEMORY_STRATEGY_UNSPECIFIED": 0,
+		"MEMORY_STRATEGY_BACKGROUND":  1,
+		"MEMORY_STRATEGY_PRECOPY":     2,
+		"MEMORY_STRATEGY_STOPPED":     3,
+	}
+)
+
+func (x MemoryStrategy) Enum() *MemoryStrategy {
+	p := new(MemoryStrategy)
+	*p = x
+	return p
+}
+
+func (x MemoryStrategy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MemoryStrategy) Descriptor() protoreflect.EnumDescriptor {
+	return file_vmsnap_v1_types_proto_enumTypes[3].Descriptor()
+}
+
+func (MemoryStrategy) Type() protoreflect.EnumType {
+	return &file_vmsnap_v1_types_proto_enumTypes[3]
+}
+
+func (x MemoryStrategy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MemoryStrategy.Descriptor instead.
+func (MemoryStrategy) EnumDescriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{3}
+}
+
 // VMState is what is known of a VM's execution.
 type VMState int32
 
@@ -271,11 +328,11 @@ func (x VMState) String() string {
 }
 
 func (VMState) Descriptor() protoreflect.EnumDescriptor {
-	return file_vmsnap_v1_types_proto_enumTypes[3].Descriptor()
+	return file_vmsnap_v1_types_proto_enumTypes[4].Descriptor()
 }
 
 func (VMState) Type() protoreflect.EnumType {
-	return &file_vmsnap_v1_types_proto_enumTypes[3]
+	return &file_vmsnap_v1_types_proto_enumTypes[4]
 }
 
 func (x VMState) Number() protoreflect.EnumNumber {
@@ -284,7 +341,7 @@ func (x VMState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use VMState.Descriptor instead.
 func (VMState) EnumDescriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{3}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{4}
 }
 
 // OperationState is where an operation is in its life.
@@ -338,11 +395,11 @@ func (x OperationState) String() string {
 }
 
 func (OperationState) Descriptor() protoreflect.EnumDescriptor {
-	return file_vmsnap_v1_types_proto_enumTypes[4].Descriptor()
+	return file_vmsnap_v1_types_proto_enumTypes[5].Descriptor()
 }
 
 func (OperationState) Type() protoreflect.EnumType {
-	return &file_vmsnap_v1_types_proto_enumTypes[4]
+	return &file_vmsnap_v1_types_proto_enumTypes[5]
 }
 
 func (x OperationState) Number() protoreflect.EnumNumber {
@@ -351,7 +408,7 @@ func (x OperationState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OperationState.Descriptor instead.
 func (OperationState) EnumDescriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{4}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{5}
 }
 
 type GuestAgent_Presence int32
@@ -393,11 +450,11 @@ func (x GuestAgent_Presence) String() string {
 }
 
 func (GuestAgent_Presence) Descriptor() protoreflect.EnumDescriptor {
-	return file_vmsnap_v1_types_proto_enumTypes[5].Descriptor()
+	return file_vmsnap_v1_types_proto_enumTypes[6].Descriptor()
 }
 
 func (GuestAgent_Presence) Type() protoreflect.EnumType {
-	return &file_vmsnap_v1_types_proto_enumTypes[5]
+	return &file_vmsnap_v1_types_proto_enumTypes[6]
 }
 
 func (x GuestAgent_Presence) Number() protoreflect.EnumNumber {
@@ -1232,20 +1289,22 @@ func (x *Problem) GetHint() string {
 
 // Snapshot is a named point in time of a VM.
 type Snapshot struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	VmId          string                 `protobuf:"bytes,2,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
-	VmName        string                 `protobuf:"bytes,3,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`
-	Name          string                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
-	Description   string                 `protobuf:"bytes,5,opt,name=description,proto3" json:"description,omitempty"`
-	Labels        map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	Created       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
-	Consistency   Consistency            `protobuf:"varint,8,opt,name=consistency,proto3,enum=vmsnap.v1.Consistency" json:"consistency,omitempty"`
-	Quiesce       *QuiesceResult         `protobuf:"bytes,9,opt,name=quiesce,proto3" json:"quiesce,omitempty"`
-	Warnings      []*Warning             `protobuf:"bytes,10,rep,name=warnings,proto3" json:"warnings,omitempty"`
-	OperationId   string                 `protobuf:"bytes,11,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
-	Disks         []*SnapshotDisk        `protobuf:"bytes,12,rep,name=disks,proto3" json:"disks,omitempty"`
-	Partial       bool                   `protobuf:"varint,13,opt,name=partial,proto3" json:"partial,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Id          string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	VmId        string                 `protobuf:"bytes,2,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
+	VmName      string                 `protobuf:"bytes,3,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`
+	Name        string                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	Description string                 `protobuf:"bytes,5,opt,name=description,proto3" json:"description,omitempty"`
+	Labels      map[string]string      `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Created     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
+	Consistency Consistency            `protobuf:"varint,8,opt,name=consistency,proto3,enum=vmsnap.v1.Consistency" json:"consistency,omitempty"`
+	Quiesce     *QuiesceResult         `protobuf:"bytes,9,opt,name=quiesce,proto3" json:"quiesce,omitempty"`
+	Warnings    []*Warning             `protobuf:"bytes,10,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	OperationId string                 `protobuf:"bytes,11,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	Disks       []*SnapshotDisk        `protobuf:"bytes,12,rep,name=disks,proto3" json:"disks,omitempty"`
+	Partial     bool                   `protobuf:"varint,13,opt,name=partial,proto3" json:"partial,omitempty"`
+	// Absent when memory was not saved.
+	Memory        *SnapshotMemory `protobuf:"bytes,14,opt,name=memory,proto3" json:"memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1371,6 +1430,136 @@ func (x *Snapshot) GetPartial() bool {
 	return false
 }
 
+func (x *Snapshot) GetMemory() *SnapshotMemory {
+	if x != nil {
+		return x.Memory
+	}
+	return nil
+}
+
+// SnapshotMemory is the saved memory of a snapshot.
+type SnapshotMemory struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Path     string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Strategy MemoryStrategy         `protobuf:"varint,2,opt,name=strategy,proto3,enum=vmsnap.v1.MemoryStrategy" json:"strategy,omitempty"`
+	// Why this strategy.
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Bytes of the file, and of the stream within it before compression.
+	Size       uint64 `protobuf:"varint,4,opt,name=size,proto3" json:"size,omitempty"`
+	StreamSize uint64 `protobuf:"varint,5,opt,name=stream_size,json=streamSize,proto3" json:"stream_size,omitempty"`
+	Compressed bool   `protobuf:"varint,6,opt,name=compressed,proto3" json:"compressed,omitempty"`
+	// Over the whole file, hexadecimal.
+	Checksum string `protobuf:"bytes,7,opt,name=checksum,proto3" json:"checksum,omitempty"`
+	// The guest's memory, in bytes.
+	Ram uint64 `protobuf:"varint,8,opt,name=ram,proto3" json:"ram,omitempty"`
+	// How long the guest's CPUs stood still.
+	Pause *durationpb.Duration `protobuf:"bytes,9,opt,name=pause,proto3" json:"pause,omitempty"`
+	// From the cut until the memory was saved.
+	Duration      *durationpb.Duration `protobuf:"bytes,10,opt,name=duration,proto3" json:"duration,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotMemory) Reset() {
+	*x = SnapshotMemory{}
+	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotMemory) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotMemory) ProtoMessage() {}
+
+func (x *SnapshotMemory) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotMemory.ProtoReflect.Descriptor instead.
+func (*SnapshotMemory) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *SnapshotMemory) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *SnapshotMemory) GetStrategy() MemoryStrategy {
+	if x != nil {
+		return x.Strategy
+	}
+	return MemoryStrategy_MEMORY_STRATEGY_UNSPECIFIED
+}
+
+func (x *SnapshotMemory) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *SnapshotMemory) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *SnapshotMemory) GetStreamSize() uint64 {
+	if x != nil {
+		return x.StreamSize
+	}
+	return 0
+}
+
+func (x *SnapshotMemory) GetCompressed() bool {
+	if x != nil {
+		return x.Compressed
+	}
+	return false
+}
+
+func (x *SnapshotMemory) GetChecksum() string {
+	if x != nil {
+		return x.Checksum
+	}
+	return ""
+}
+
+func (x *SnapshotMemory) GetRam() uint64 {
+	if x != nil {
+		return x.Ram
+	}
+	return 0
+}
+
+func (x *SnapshotMemory) GetPause() *durationpb.Duration {
+	if x != nil {
+		return x.Pause
+	}
+	return nil
+}
+
+func (x *SnapshotMemory) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
 // QuiesceResult is what the freeze came to.
 type QuiesceResult struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -1387,7 +1576,7 @@ type QuiesceResult struct {
 
 func (x *QuiesceResult) Reset() {
 	*x = QuiesceResult{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1588,7 @@ func (x *QuiesceResult) String() string {
 func (*QuiesceResult) ProtoMessage() {}
 
 func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1601,7 @@ func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuiesceResult.ProtoReflect.Descriptor instead.
 func (*QuiesceResult) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{10}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *QuiesceResult) GetRequested() Quiesce {
@@ -1469,7 +1658,7 @@ type SnapshotDisk struct {
 
 func (x *SnapshotDisk) Reset() {
 	*x = SnapshotDisk{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1481,7 +1670,7 @@ func (x *SnapshotDisk) String() string {
 func (*SnapshotDisk) ProtoMessage() {}
 
 func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1494,7 +1683,7 @@ func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
 func (*SnapshotDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{11}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SnapshotDisk) GetDevice() string {
@@ -1577,7 +1766,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1589,7 +1778,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1602,7 +1791,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Operation) GetId() string {
@@ -1737,7 +1926,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1749,7 +1938,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1762,7 +1951,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Step) GetName() string {
@@ -1810,7 +1999,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1822,7 +2011,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1835,7 +2024,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Progress) GetDone() uint64 {
@@ -1959,7 +2148,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\aProblem\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
-	"\x04hint\x18\x03 \x01(\tR\x04hint\"\xb2\x04\n" +
+	"\x04hint\x18\x03 \x01(\tR\x04hint\"\xe5\x04\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
 	"\x05vm_id\x18\x02 \x01(\tR\x04vmId\x12\x17\n" +
@@ -1974,10 +2163,26 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	" \x03(\v2\x12.vmsnap.v1.WarningR\bwarnings\x12!\n" +
 	"\foperation_id\x18\v \x01(\tR\voperationId\x12-\n" +
 	"\x05disks\x18\f \x03(\v2\x17.vmsnap.v1.SnapshotDiskR\x05disks\x12\x18\n" +
-	"\apartial\x18\r \x01(\bR\apartial\x1a9\n" +
+	"\apartial\x18\r \x01(\bR\apartial\x121\n" +
+	"\x06memory\x18\x0e \x01(\v2\x19.vmsnap.v1.SnapshotMemoryR\x06memory\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc7\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xde\x02\n" +
+	"\x0eSnapshotMemory\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x125\n" +
+	"\bstrategy\x18\x02 \x01(\x0e2\x19.vmsnap.v1.MemoryStrategyR\bstrategy\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04size\x18\x04 \x01(\x04R\x04size\x12\x1f\n" +
+	"\vstream_size\x18\x05 \x01(\x04R\n" +
+	"streamSize\x12\x1e\n" +
+	"\n" +
+	"compressed\x18\x06 \x01(\bR\n" +
+	"compressed\x12\x1a\n" +
+	"\bchecksum\x18\a \x01(\tR\bchecksum\x12\x10\n" +
+	"\x03ram\x18\b \x01(\x04R\x03ram\x12/\n" +
+	"\x05pause\x18\t \x01(\v2\x19.google.protobuf.DurationR\x05pause\x125\n" +
+	"\bduration\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\bduration\"\xc7\x01\n" +
 	"\rQuiesceResult\x120\n" +
 	"\trequested\x18\x01 \x01(\x0e2\x12.vmsnap.v1.QuiesceR\trequested\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x16\n" +
@@ -2051,7 +2256,12 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x13QUIESCE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fQUIESCE_REQUIRE\x10\x01\x12\x12\n" +
 	"\x0eQUIESCE_PREFER\x10\x02\x12\x10\n" +
-	"\fQUIESCE_NONE\x10\x03*z\n" +
+	"\fQUIESCE_NONE\x10\x03*\x8b\x01\n" +
+	"\x0eMemoryStrategy\x12\x1f\n" +
+	"\x1bMEMORY_STRATEGY_UNSPECIFIED\x10\x00\x12\x1e\n" +
+	"\x1aMEMORY_STRATEGY_BACKGROUND\x10\x01\x12\x1b\n" +
+	"\x17MEMORY_STRATEGY_PRECOPY\x10\x02\x12\x1b\n" +
+	"\x17MEMORY_STRATEGY_STOPPED\x10\x03*z\n" +
 	"\aVMState\x12\x18\n" +
 	"\x14VM_STATE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10VM_STATE_RUNNING\x10\x01\x12\x13\n" +
@@ -2080,73 +2290,79 @@ func file_vmsnap_v1_types_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_types_proto_rawDescData
 }
 
-var file_vmsnap_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_vmsnap_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_vmsnap_v1_types_proto_goTypes = []any{
 	(ErrorCode)(0),                // 0: vmsnap.v1.ErrorCode
 	(Consistency)(0),              // 1: vmsnap.v1.Consistency
 	(Quiesce)(0),                  // 2: vmsnap.v1.Quiesce
-	(VMState)(0),                  // 3: vmsnap.v1.VMState
-	(OperationState)(0),           // 4: vmsnap.v1.OperationState
-	(GuestAgent_Presence)(0),      // 5: vmsnap.v1.GuestAgent.Presence
-	(*Error)(nil),                 // 6: vmsnap.v1.Error
-	(*Warning)(nil),               // 7: vmsnap.v1.Warning
-	(*VM)(nil),                    // 8: vmsnap.v1.VM
-	(*Process)(nil),               // 9: vmsnap.v1.Process
-	(*GuestAgent)(nil),            // 10: vmsnap.v1.GuestAgent
-	(*Freeze)(nil),                // 11: vmsnap.v1.Freeze
-	(*Disk)(nil),                  // 12: vmsnap.v1.Disk
-	(*Layer)(nil),                 // 13: vmsnap.v1.Layer
-	(*Problem)(nil),               // 14: vmsnap.v1.Problem
-	(*Snapshot)(nil),              // 15: vmsnap.v1.Snapshot
-	(*QuiesceResult)(nil),         // 16: vmsnap.v1.QuiesceResult
-	(*SnapshotDisk)(nil),          // 17: vmsnap.v1.SnapshotDisk
-	(*Operation)(nil),             // 18: vmsnap.v1.Operation
-	(*Step)(nil),                  // 19: vmsnap.v1.Step
-	(*Progress)(nil),              // 20: vmsnap.v1.Progress
-	nil,                           // 21: vmsnap.v1.Snapshot.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
+	(MemoryStrategy)(0),           // 3: vmsnap.v1.MemoryStrategy
+	(VMState)(0),                  // 4: vmsnap.v1.VMState
+	(OperationState)(0),           // 5: vmsnap.v1.OperationState
+	(GuestAgent_Presence)(0),      // 6: vmsnap.v1.GuestAgent.Presence
+	(*Error)(nil),                 // 7: vmsnap.v1.Error
+	(*Warning)(nil),               // 8: vmsnap.v1.Warning
+	(*VM)(nil),                    // 9: vmsnap.v1.VM
+	(*Process)(nil),               // 10: vmsnap.v1.Process
+	(*GuestAgent)(nil),            // 11: vmsnap.v1.GuestAgent
+	(*Freeze)(nil),                // 12: vmsnap.v1.Freeze
+	(*Disk)(nil),                  // 13: vmsnap.v1.Disk
+	(*Layer)(nil),                 // 14: vmsnap.v1.Layer
+	(*Problem)(nil),               // 15: vmsnap.v1.Problem
+	(*Snapshot)(nil),              // 16: vmsnap.v1.Snapshot
+	(*SnapshotMemory)(nil),        // 17: vmsnap.v1.SnapshotMemory
+	(*QuiesceResult)(nil),         // 18: vmsnap.v1.QuiesceResult
+	(*SnapshotDisk)(nil),          // 19: vmsnap.v1.SnapshotDisk
+	(*Operation)(nil),             // 20: vmsnap.v1.Operation
+	(*Step)(nil),                  // 21: vmsnap.v1.Step
+	(*Progress)(nil),              // 22: vmsnap.v1.Progress
+	nil,                           // 23: vmsnap.v1.Snapshot.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
 }
 var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	0,  // 0: vmsnap.v1.Error.code:type_name -> vmsnap.v1.ErrorCode
-	3,  // 1: vmsnap.v1.VM.state:type_name -> vmsnap.v1.VMState
-	9,  // 2: vmsnap.v1.VM.process:type_name -> vmsnap.v1.Process
-	10, // 3: vmsnap.v1.VM.guest_agent:type_name -> vmsnap.v1.GuestAgent
-	12, // 4: vmsnap.v1.VM.disks:type_name -> vmsnap.v1.Disk
-	14, // 5: vmsnap.v1.VM.problems:type_name -> vmsnap.v1.Problem
-	11, // 6: vmsnap.v1.VM.freeze:type_name -> vmsnap.v1.Freeze
-	22, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
-	22, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
-	22, // 9: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
-	5,  // 10: vmsnap.v1.GuestAgent.presence:type_name -> vmsnap.v1.GuestAgent.Presence
-	22, // 11: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
-	22, // 12: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
-	13, // 13: vmsnap.v1.Disk.layers:type_name -> vmsnap.v1.Layer
-	21, // 14: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
-	22, // 15: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	4,  // 1: vmsnap.v1.VM.state:type_name -> vmsnap.v1.VMState
+	10, // 2: vmsnap.v1.VM.process:type_name -> vmsnap.v1.Process
+	11, // 3: vmsnap.v1.VM.guest_agent:type_name -> vmsnap.v1.GuestAgent
+	13, // 4: vmsnap.v1.VM.disks:type_name -> vmsnap.v1.Disk
+	15, // 5: vmsnap.v1.VM.problems:type_name -> vmsnap.v1.Problem
+	12, // 6: vmsnap.v1.VM.freeze:type_name -> vmsnap.v1.Freeze
+	24, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
+	24, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
+	24, // 9: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
+	6,  // 10: vmsnap.v1.GuestAgent.presence:type_name -> vmsnap.v1.GuestAgent.Presence
+	24, // 11: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
+	24, // 12: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
+	14, // 13: vmsnap.v1.Disk.layers:type_name -> vmsnap.v1.Layer
+	23, // 14: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
+	24, // 15: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	1,  // 16: vmsnap.v1.Snapshot.consistency:type_name -> vmsnap.v1.Consistency
-	16, // 17: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
-	7,  // 18: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
-	17, // 19: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
-	2,  // 20: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
-	23, // 21: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
-	4,  // 22: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
-	20, // 23: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
-	19, // 24: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
-	7,  // 25: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
-	6,  // 26: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
-	22, // 27: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
-	22, // 28: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
-	22, // 29: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
-	22, // 30: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
-	22, // 31: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
-	23, // 32: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
-	33, // [33:33] is the sub-list for method output_type
-	33, // [33:33] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	18, // 17: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
+	8,  // 18: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
+	19, // 19: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
+	17, // 20: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
+	3,  // 21: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	25, // 22: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
+	25, // 23: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
+	2,  // 24: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
+	25, // 25: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
+	5,  // 26: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
+	22, // 27: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
+	21, // 28: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
+	8,  // 29: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
+	7,  // 30: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
+	24, // 31: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
+	24, // 32: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
+	24, // 33: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
+	24, // 34: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
+	24, // 35: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
+	25, // 36: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
+	37, // [37:37] is the sub-list for method output_type
+	37, // [37:37] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_types_proto_init() }
@@ -2159,8 +2375,8 @@ func file_vmsnap_v1_types_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_types_proto_rawDesc), len(file_vmsnap_v1_types_proto_rawDesc)),
-			NumEnums:      6,
-			NumMessages:   16,
+			NumEnums:      7,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -62,6 +62,9 @@ const (
 	// SnapshotServiceRenameSnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// RenameSnapshot RPC.
 	SnapshotServiceRenameSnapshotProcedure = "/vmsnap.v1.SnapshotService/RenameSnapshot"
+	// SnapshotServiceVerifySnapshotProcedure is the fully-qualified name of the SnapshotService's
+	// VerifySnapshot RPC.
+	SnapshotServiceVerifySnapshotProcedure = "/vmsnap.v1.SnapshotService/VerifySnapshot"
 	// OperationServiceListOperationsProcedure is the fully-qualified name of the OperationService's
 	// ListOperations RPC.
 	OperationServiceListOperationsProcedure = "/vmsnap.v1.OperationService/ListOperations"
@@ -272,6 +275,9 @@ type SnapshotServiceClient interface {
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
 	GetSnapshot(context.Context, *connect.Request[v1.GetSnapshotRequest]) (*connect.Response[v1.GetSnapshotResponse], error)
 	RenameSnapshot(context.Context, *connect.Request[v1.RenameSnapshotRequest]) (*connect.Response[v1.RenameSnapshotResponse], error)
+	// VerifySnapshot starts an operation that reads the snapshot's files and
+	// compares them with what was recorded. It fails if one was altered.
+	VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error)
 }
 
 // NewSnapshotServiceClient constructs a client for the vmsnap.v1.SnapshotService service. By
@@ -318,6 +324,12 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(snapshotServiceMethods.ByName("RenameSnapshot")),
 			connect.WithClientOptions(opts...),
 		),
+		verifySnapshot: connect.NewClient[v1.VerifySnapshotRequest, v1.VerifySnapshotResponse](
+			httpClient,
+			baseURL+SnapshotServiceVerifySnapshotProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("VerifySnapshot")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -328,6 +340,7 @@ type snapshotServiceClient struct {
 	listSnapshots  *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
 	getSnapshot    *connect.Client[v1.GetSnapshotRequest, v1.GetSnapshotResponse]
 	renameSnapshot *connect.Client[v1.RenameSnapshotRequest, v1.RenameSnapshotResponse]
+	verifySnapshot *connect.Client[v1.VerifySnapshotRequest, v1.VerifySnapshotResponse]
 }
 
 // CreateSnapshot calls vmsnap.v1.SnapshotService.CreateSnapshot.
@@ -355,6 +368,11 @@ func (c *snapshotServiceClient) RenameSnapshot(ctx context.Context, req *connect
 	return c.renameSnapshot.CallUnary(ctx, req)
 }
 
+// VerifySnapshot calls vmsnap.v1.SnapshotService.VerifySnapshot.
+func (c *snapshotServiceClient) VerifySnapshot(ctx context.Context, req *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error) {
+	return c.verifySnapshot.CallUnary(ctx, req)
+}
+
 // SnapshotServiceHandler is an implementation of the vmsnap.v1.SnapshotService service.
 type SnapshotServiceHandler interface {
 	// CreateSnapshot starts an operation.
@@ -365,6 +383,9 @@ type SnapshotServiceHandler interface {
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
 	GetSnapshot(context.Context, *connect.Request[v1.GetSnapshotRequest]) (*connect.Response[v1.GetSnapshotResponse], error)
 	RenameSnapshot(context.Context, *connect.Request[v1.RenameSnapshotRequest]) (*connect.Response[v1.RenameSnapshotResponse], error)
+	// VerifySnapshot starts an operation that reads the snapshot's files and
+	// compares them with what was recorded. It fails if one was altered.
+	VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error)
 }
 
 // NewSnapshotServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -407,6 +428,12 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 		connect.WithSchema(snapshotServiceMethods.ByName("RenameSnapshot")),
 		connect.WithHandlerOptions(opts...),
 	)
+	snapshotServiceVerifySnapshotHandler := connect.NewUnaryHandler(
+		SnapshotServiceVerifySnapshotProcedure,
+		svc.VerifySnapshot,
+		connect.WithSchema(snapshotServiceMethods.ByName("VerifySnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/vmsnap.v1.SnapshotService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SnapshotServiceCreateSnapshotProcedure:
@@ -419,6 +446,8 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 			snapshotServiceGetSnapshotHandler.ServeHTTP(w, r)
 		case SnapshotServiceRenameSnapshotProcedure:
 			snapshotServiceRenameSnapshotHandler.ServeHTTP(w, r)
+		case SnapshotServiceVerifySnapshotProcedure:
+			snapshotServiceVerifySnapshotHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -446,6 +475,10 @@ func (UnimplementedSnapshotServiceHandler) GetSnapshot(context.Context, *connect
 
 func (UnimplementedSnapshotServiceHandler) RenameSnapshot(context.Context, *connect.Request[v1.RenameSnapshotRequest]) (*connect.Response[v1.RenameSnapshotResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.RenameSnapshot is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.VerifySnapshot is not implemented"))
 }
 
 // OperationServiceClient is a client for the vmsnap.v1.OperationService service.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"slices"
 
 	"github.com/vmsnap/vmsnap/agent/fault"
 )
@@ -32,6 +33,25 @@ func (o *Op) launch(ctx context.Context, recipe Recipe) {
 		}
 		o.end(ctx, err)
 	}()
+}
+
+// Cleanup pushes what is to be done just before the operation ends, or is left
+// to the next daemon: after the reverts, which may need what it releases, and
+// also when there is nothing to revert. The last one comes first.
+func (o *Op) Cleanup(f func()) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.cleanups = append(o.cleanups, f)
+}
+
+func (o *Op) cleanUp() {
+	o.mu.Lock()
+	cleanups := o.cleanups
+	o.cleanups = nil
+	o.mu.Unlock()
+	for _, f := range slices.Backward(cleanups) {
+		f()
+	}
 }
 
 // endsBefore waits for the operation or for ctx, and reports whether the
@@ -110,10 +130,12 @@ func (o *Op) show(started Record) error {
 // then visible.
 func (o *Op) end(ctx context.Context, err error) {
 	if err == nil {
+		o.cleanUp()
 		o.close(ctx, eventSucceed, nil)
 		return
 	}
 	if errors.Is(err, ErrLeave) {
+		o.cleanUp()
 		o.leave()
 		return
 	}
@@ -124,6 +146,7 @@ func (o *Op) end(ctx context.Context, err error) {
 		failure.Kind = fault.Failed // nobody cancelled it
 	}
 	undone := o.revertAll(ctx, *failure)
+	o.cleanUp()
 	if errors.Is(undone, ErrLeave) {
 		o.leave()
 		return

@@ -34,6 +34,7 @@ type Op struct {
 	wasAsked  bool   // a cancel was acknowledged before it was taken over
 	unsaved   bool   // it has ended and the store does not know
 	reverts   []reversion
+	cleanups  []func()
 	plan      uint64 // steps announced; 0 when not announced
 	ended     uint64 // steps that have ended
 	meter     meter

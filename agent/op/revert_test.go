@@ -73,6 +73,37 @@ func TestRevertAtLength(t *testing.T) {
 	})
 }
 
+func TestCleanupsComeLast(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newTestRunner(&memStore{})
+			var order []string
+			rec := mustStart(t, r, web, func(_ context.Context, o *Op) error {
+				o.Cleanup(func() { order = append(order, "unlock") })
+				o.Cleanup(func() {
+					order = append(order, "close")
+					if o.record().State.Final() {
+						t.Error("it has ended already")
+					}
+				})
+				o.Revert("undo", func(context.Context) error { order = append(order, "undo"); return nil })
+				if fails {
+					return errors.New("no")
+				}
+				return nil
+			})
+			wait(t, r, rec.ID)
+			want := []string{"close", "unlock"}
+			if fails {
+				want = []string{"undo", "close", "unlock"}
+			}
+			if d := cmp.Diff(want, order); d != "" {
+				t.Errorf("fails: %v (-want +got):\n%s", fails, d)
+			}
+		})
+	}
+}
+
 func TestRevertLeftToTheNextDaemon(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &memStore{}

@@ -135,6 +135,11 @@ func (c *client) execute(l []byte, files []*os.File) bool {
 		Arguments json.RawMessage
 		ID        json.RawMessage
 	}
+	// 0xFF ends whatever was begun, as an error.
+	if i := bytes.LastIndexByte(l, 0xff); i >= 0 {
+		c.write(Fail("GenericError", "JSON parse error, invalid token").body(nil))
+		l = l[i+1:]
+	}
 	if err := json.Unmarshal(l, &in); err != nil {
 		closeAll(files)
 		c.write(Fail("GenericError", "JSON parse error, "+err.Error()).body(nil))

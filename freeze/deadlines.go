@@ -10,9 +10,6 @@ const (
 	// startTimeout: connecting (2 s), synchronising (5 s), two questions (5 s
 	// and 2 s), the list of file systems (10 s), and exec under load.
 	startTimeout = 30 * time.Second
-	// scopeTimeout: systemd moves a process in milliseconds; without it the
-	// guard is only less well protected.
-	scopeTimeout = 2 * time.Second
 	// leaseTimeout: an fsync on a disk that others keep busy.
 	leaseTimeout = 30 * time.Second
 	// syncTimeout: an idle guest agent answers in milliseconds.

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmsnap/vmsnap/internal/outlive"
 	"github.com/vmsnap/vmsnap/qga"
 	"github.com/vmsnap/vmsnap/qga/qgatest"
 )
@@ -403,7 +404,7 @@ func checkScope(t *testing.T, g *Guard) {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
-		if scope != "" || none != errNoSystemd.Error() {
+		if scope != "" || none != outlive.ErrNoSystemd.Error() {
 			t.Errorf("scope %q, because %q, without systemd", scope, none)
 		}
 		return
@@ -418,7 +419,7 @@ func checkScope(t *testing.T, g *Guard) {
 // CAP_SYS_RESOURCE to go below what was inherited.
 func lowestScore(t *testing.T) string {
 	t.Helper()
-	out, err := exec.Command("sh", "-c", "{ echo "+oomScore+" >/proc/self/oom_score_adj; } 2>&-; cat /proc/self/oom_score_adj").Output()
+	out, err := exec.Command("sh", "-c", "{ echo "+outlive.OOMScore+" >/proc/self/oom_score_adj; } 2>&-; cat /proc/self/oom_score_adj").Output()
 	if err != nil {
 		t.Fatal(err)
 	}

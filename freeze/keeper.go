@@ -10,6 +10,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/vmsnap/vmsnap/internal/outlive"
 	"github.com/vmsnap/vmsnap/qga"
 )
 
@@ -126,7 +127,7 @@ func (k *keeper) sync(ctx context.Context, patience time.Duration) error {
 }
 
 func (k *keeper) moveOut(ctx context.Context) readiness {
-	scope, err := enterScope(ctx, k.ID, k.Request)
+	scope, err := outlive.EnterScope(ctx, "vmsnap-guard", k.ID, "vmsnap freeze guard of VM "+k.Request.VMID+", operation "+k.Request.Operation)
 	if err != nil {
 		return readiness{NoScope: err.Error()}
 	}

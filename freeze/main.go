@@ -5,18 +5,16 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/signal"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmsnap/vmsnap/internal/outlive"
 )
 
 // pipeFD is the descriptor at which a guard inherits its pipe.
 const pipeFD = 3
-
-// oomScore is close to never: a guard is small, and killing it frees nothing.
-const oomScore = "-900"
 
 // Main is the body of a guard process, and returns its exit code: 0 if the
 // guest is known not to be frozen. The process must have been started by Start
@@ -27,13 +25,12 @@ const oomScore = "-900"
 // It logs by options, whose output is standard error when nil, in a way that
 // never waits for the reader of the log.
 func Main(ctx context.Context, options hclog.LoggerOptions) int {
-	// SIGPIPE too: standard error may lead to the agent, which may be dead.
-	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE)
+	outlive.IgnoreSignals()
 	if options.Output == nil {
 		options.Output = os.Stderr
 	}
-	out := newPatientWriter(options.Output)
-	defer out.flush(sendTimeout)
+	out := outlive.NewPatientWriter(options.Output)
+	defer out.Flush(sendTimeout)
 	options.Output = out
 	log := hclog.New(&options)
 
@@ -43,7 +40,7 @@ func Main(ctx context.Context, options hclog.LoggerOptions) int {
 		return 1
 	}
 	log = log.With("lease", h.ID, "vm", h.Request.VM, "vm_id", h.Request.VMID, "operation", h.Request.Operation)
-	if err := os.WriteFile("/proc/self/oom_score_adj", []byte(oomScore), 0); err != nil {
+	if err := outlive.AvoidOOM(); err != nil {
 		log.Warn("guard is not protected from the OOM killer", "error", err)
 	}
 	ctx, cancel := context.WithCancel(ctx)

@@ -22,6 +22,7 @@ type Metrics struct {
 	operations *prometheus.CounterVec
 	durations  *prometheus.HistogramVec
 	windows    prometheus.Histogram
+	pauses     prometheus.Histogram
 }
 
 // The values of the label "result" beside the fault kinds.
@@ -31,7 +32,7 @@ const (
 )
 
 var (
-	kinds = []op.Kind{op.KindSnapshot, op.KindFreeze, op.KindSettle}
+	kinds = []op.Kind{op.KindSnapshot, op.KindFreeze, op.KindSettle, op.KindVerify}
 
 	faults = []fault.Kind{
 		fault.Failed, fault.Usage, fault.NotFound, fault.NotQuiesced, fault.NoSpace, fault.Denied, fault.Unresponsive,
@@ -57,6 +58,11 @@ func New(version string) *Metrics {
 			Help:    "How long guests were frozen, from the freeze request to the thaw reply.",
 			Buckets: []float64{.01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60, 300},
 		}),
+		pauses: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Namespace: namespace, Name: "guest_pause_seconds",
+			Help:    "How long guests' CPUs stood still for a snapshot with memory.",
+			Buckets: []float64{.005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 60, 300},
+		}),
 	}
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
 		Namespace: namespace, Name: "build_info",
@@ -71,7 +77,7 @@ func New(version string) *Metrics {
 			m.operations.WithLabelValues(string(kind), string(result))
 		}
 	}
-	m.registry.MustRegister(build, m.operations, m.durations, m.windows,
+	m.registry.MustRegister(build, m.operations, m.durations, m.windows, m.pauses,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -106,6 +112,9 @@ func resultOf(r op.Record) string {
 
 // ObserveFreezeWindow notes how long a guest was frozen.
 func (m *Metrics) ObserveFreezeWindow(d time.Duration) { m.windows.Observe(d.Seconds()) }
+
+// ObservePause notes how long a guest's CPUs stood still.
+func (m *Metrics) ObservePause(d time.Duration) { m.pauses.Observe(d.Seconds()) }
 
 // Watch adds what a source tells whenever it is asked. It is called once.
 func (m *Metrics) Watch(source Source) { m.registry.MustRegister(newReader(source)) }

@@ -56,7 +56,13 @@ func busyHost() host {
 		},
 		discovery: agent.Discovery{Source: "scan", Reason: "no netlink"},
 		operations: func(context.Context) ([]op.Record, error) {
-			return []op.Record{{Kind: op.KindSnapshot}, {Kind: op.KindSnapshot}, {Kind: op.KindFreeze}}, nil
+			saving := op.Progress{Done: 3 << 20, Total: 4 << 20, Unit: "bytes", Rate: 1 << 20}
+			return []op.Record{
+				{Kind: op.KindSnapshot, VMName: "web", Progress: saving},
+				{Kind: op.KindSnapshot, VMName: "web", Progress: saving}, // another VM of the same name
+				{Kind: op.KindSnapshot, VMName: "db", Progress: op.Progress{Done: 5, Unit: "bytes"}},
+				{Kind: op.KindFreeze, VMName: "db", Progress: op.Progress{Done: 1, Total: 3, Unit: "steps"}},
+			}, nil
 		},
 	}
 }
@@ -81,6 +87,7 @@ func busy() *Metrics {
 	m.Watch(busyHost())
 	m.ObserveFreezeWindow(84 * time.Millisecond)
 	m.ObserveFreezeWindow(31 * time.Second)
+	m.ObservePause(21 * time.Millisecond)
 	for _, r := range []op.Record{
 		ended(op.KindSnapshot, op.Succeeded, 700*time.Millisecond, nil),
 		ended(op.KindSnapshot, op.Succeeded, 3*time.Second, func(r *op.Record) { r.Partial = true }),

@@ -33,6 +33,9 @@ var (
 	descUnresolved   = desc("guests_freeze_unresolved", "Guests that may be frozen still, since their agent does not answer.")
 	descFallback     = desc("discovery_fallback", "1 when VMs are found by scanning, since process events cannot be had.")
 	descRunning      = desc("operations_running", "Operations that have not ended, by kind.", "kind")
+	descBytes        = desc("operation_bytes", "Bytes that an operation which runs has moved.", "vm", "kind")
+	descBytesTotal   = desc("operation_bytes_expected", "Bytes that it will have moved; absent when unknown.", "vm", "kind")
+	descRate         = desc("operation_bytes_per_second", "How fast it moves them, over the last seconds.", "vm", "kind")
 	descSuccess      = desc("collector_success", "Whether this part of the scrape could be read.", "collector")
 )
 
@@ -64,7 +67,8 @@ func newReader(source Source) *reader {
 // Describe tells which metrics there are.
 func (r *reader) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descVMs, descGuestsFrozen, descGuestFrozen, descUnresolved, descFallback, descRunning, descSuccess,
+		descVMs, descGuestsFrozen, descGuestFrozen, descUnresolved, descFallback, descRunning,
+		descBytes, descBytesTotal, descRate, descSuccess,
 	} {
 		out <- d
 	}
@@ -163,10 +167,20 @@ func readOperations(ctx context.Context, source Source) ([]prometheus.Metric, er
 	for _, kind := range kinds {
 		running[kind] = 0
 	}
+	var out []prometheus.Metric
+	told := map[[2]string]bool{} // names need not be unique
 	for _, r := range records {
 		running[r.Kind]++
+		labels := [2]string{valid(r.VMName), string(r.Kind)}
+		if r.Progress.Unit != "bytes" || told[labels] {
+			continue
+		}
+		told[labels] = true
+		out = append(out, gauge(descBytes, float64(r.Progress.Done), labels[:]...), gauge(descRate, r.Progress.Rate, labels[:]...))
+		if r.Progress.Total > 0 {
+			out = append(out, gauge(descBytesTotal, float64(r.Progress.Total), labels[:]...))
+		}
 	}
-	var out []prometheus.Metric
 	for kind, n := range running {
 		out = append(out, gauge(descRunning, float64(n), string(kind)))
 	}

@@ -1,0 +1,35 @@
+// Package memdump saves the memory of a guest: strategies, the memory file,
+// and what keeps a guest from harm meanwhile.
+//
+// # Saving
+//
+// [Probe] asks QEMU and the kernel what there is, [Choose] picks a [Strategy],
+// [Predict] says what it will cost. [Prepare] notes the migration settings that
+// the VM's owner has made, changes them, and gives QEMU the file's descriptor;
+// the guest feels nothing. [Save.Cut] pauses the guest, has the caller cut the
+// disks, and lets the guest go on as soon as its memory of that instant is
+// certain to be saved. [Save.Wait] follows the rest, and [Save.Close] puts the
+// settings back.
+//
+// With [Background] the pause lasts from stop to the moment from which QEMU
+// tracks writes; with [Precopy] for the last pass of a live migration; with
+// [Stopped] for the whole save. In all three the memory is that of the instant
+// at which the disks were cut: no CPU of the guest ran in between.
+//
+// # What may go wrong
+//
+// Before QEMU 8.1 a background save that ends early freezes the guest for good
+// (write protection is never lifted). There it is only begun into a regular
+// file whose space is reserved, and [Save.Cancel] lets it run to its end. Later
+// versions can be cancelled.
+//
+// While the guest stands still a [Guard] in another process is armed, which
+// resumes it if this process dies. Settings that were changed are handed to the
+// caller before, so that whoever comes after can put them back
+// ([Settings.Restore]) or take the save over ([Adopt]).
+//
+// # Concurrency
+//
+// A [Save] is for one goroutine; it runs none of its own. A [File] may be
+// followed while QEMU writes it.
+package memdump

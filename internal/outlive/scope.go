@@ -11,7 +11,7 @@ import (
 	"github.com/coreos/go-systemd/v22/dbus"
 )
 
-// ErrNoSystemd: there is no systemd on this host.
+// ErrNoSystemd means that there is no systemd on this host.
 var ErrNoSystemd = errors.New("no systemd manager runs")
 
 // units is the part of systemd's manager that is needed.

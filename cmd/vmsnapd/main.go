@@ -63,7 +63,7 @@ no configuration. vmsnap is its command line.`,
 	}
 	root.PersistentFlags().StringVar(&file, "config", defaultConfigFile, "configuration `file`")
 	c.flags(root.PersistentFlags())
-	root.AddCommand(guardCommand(&c, code), launchGuardCommand(), thawCommand(&c, &file))
+	root.AddCommand(guardCommand(&c, code), launchGuardCommand(), pauseGuardCommand(&c), thawCommand(&c, &file))
 	return root
 }
 

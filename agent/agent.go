@@ -20,6 +20,7 @@ import (
 type Config struct {
 	StateDir     string        // of the catalog; created 0700
 	OverridesDir string        // YAML files that name VMs or override what was found; may be absent
+	OverlayDir   string        // where overlays are made unless an override says otherwise; empty: beside the layer
 	Freezing     freeze.Config // how the guards of freezes are started
 	LaunchGuard  []string      // command that runs GuardLaunchPaths
 	ScanOnly     bool          // find VMs without process events

@@ -39,11 +39,11 @@ func (c *cut) prepared() prepared {
 	return p
 }
 
-// settle makes every launch path name the active layer, for good, and protects
+// settle makes every launch path lead to the active layer, for good, and protects
 // the layers that are covered now. The disks run on the overlays already, so
 // nothing that goes wrong here may keep them out of the catalog: a launch path
 // that cannot be settled is settled when the VM has stopped, and until then
-// names a layer that cannot be opened for writing.
+// leads to a layer that cannot be opened for writing.
 func (c *cut) settle(ctx context.Context) error {
 	for _, d := range c.disks {
 		if err := errors.Join(d.pointLaunch(), d.dir.Sync()); err != nil {
@@ -97,15 +97,15 @@ func (c *cut) reopenBacking(ctx context.Context, d *cutDisk) error {
 // protect makes the covered layer immutable, or at least read-only, unless
 // somebody writes to it: then the flag would fail a guest's writes.
 func (d *cutDisk) protect() error {
-	base, err := blockdev.LockNoWriters(d.Prefix + d.dir.Path(d.Base))
+	base, err := blockdev.LockNoWriters(d.Prefix + d.baseDir.Path(d.Base))
 	if err != nil {
 		return err
 	}
 	defer func() { _ = base.Close() }()
-	err = d.dir.SetImmutable(d.Base, true)
+	err = d.baseDir.SetImmutable(d.Base, true)
 	d.immutable = err == nil
 	if errors.Is(err, blockdev.ErrNoImmutable) {
-		return errors.Join(err, d.dir.Root().Chmod(d.Base, 0o444))
+		return errors.Join(err, d.baseDir.Root().Chmod(d.Base, 0o444))
 	}
 	return err
 }
@@ -136,7 +136,7 @@ func (c *cut) commit(ctx context.Context) error {
 	}
 	c.o.SetSnapshot(s.ID)
 	for _, d := range c.disks {
-		c.o.Logger().Info("disk snapshotted", "disk", d.Device, "layer", d.dir.Path(d.Base), "overlay", d.dir.Path(d.Overlay))
+		c.o.Logger().Info("disk snapshotted", "disk", d.Device, "layer", d.baseDir.Path(d.Base), "overlay", d.overlayDir.Path(d.Overlay))
 	}
 	if c.partial {
 		c.o.SetPartial()
@@ -214,18 +214,18 @@ func (c *cut) entries(ctx context.Context, s *catalog.Snapshot) (layers []catalo
 
 // layers returns the two layers as the catalog keeps them.
 func (d *cutDisk) layers(operation string, base catalog.Layer) ([]catalog.Layer, error) {
-	bi, err := d.dir.Stat(d.Base)
+	bi, err := d.baseDir.Stat(d.Base)
 	if err != nil {
 		return nil, err
 	}
-	oi, err := d.dir.Stat(d.Overlay)
+	oi, err := d.overlayDir.Stat(d.Overlay)
 	if err != nil {
 		return nil, err
 	}
-	base.Path, base.Format, base.Dev, base.Ino = d.dir.Path(d.Base), d.BaseFormat, bi.Dev, bi.Ino
+	base.Path, base.Format, base.Dev, base.Ino = d.baseDir.Path(d.Base), d.BaseFormat, bi.Dev, bi.Ino
 	base.Covered, base.Immutable = true, d.immutable
 	return []catalog.Layer{base, {
-		ID: d.OverlayID, DiskID: d.DiskID, Parent: base.ID, Path: d.dir.Path(d.Overlay), Format: "qcow2",
+		ID: d.OverlayID, DiskID: d.DiskID, Parent: base.ID, Path: d.overlayDir.Path(d.Overlay), Format: "qcow2",
 		VirtualSize: d.Size, Dev: oi.Dev, Ino: oi.Ino, Operation: operation, Created: time.Now(),
 	}}, nil
 }
@@ -258,9 +258,9 @@ func (c *cut) writeManifests(s catalog.Snapshot, layers []catalog.Layer) error {
 	var errs []error
 	done := map[string]bool{}
 	for _, d := range c.disks {
-		if !done[d.Dir] {
-			done[d.Dir] = true
-			errs = append(errs, d.dir.WriteFile(manifestDir, s.ID+".json", data))
+		if !done[d.BaseDir] {
+			done[d.BaseDir] = true
+			errs = append(errs, d.baseDir.WriteFile(manifestDir, s.ID+".json", data))
 		}
 	}
 	return errors.Join(errs...)

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,8 +18,10 @@ import (
 type cutDisk struct {
 	Device     string
 	DiskID     string
-	Dir        string // directory of all three names, as QEMU sees it
-	Prefix     string // where that directory's tree begins for this process
+	Dir        string // directory of the launch path, as QEMU sees it
+	BaseDir    string // of the layer that is covered; empty: Dir
+	OverlayDir string // of the overlay; empty: Dir
+	Prefix     string // where the tree of these directories begins for this process
 	Launch     string // name by which the launch command opens the disk
 	Base       string // permanent name of the layer that is covered
 	BaseID     string
@@ -31,41 +34,85 @@ type cutDisk struct {
 	Options    blockdev.Options
 	Settle     Settle
 
-	dir       *blockdev.Dir
-	base      blockdev.Layer // in QEMU
-	immutable bool           // the base's flag is set
-	unsettled bool           // the launch path does not name the overlay
+	dir        *blockdev.Dir // of the launch path
+	baseDir    *blockdev.Dir // may be the same, as overlayDir may
+	overlayDir *blockdev.Dir
+	base       blockdev.Layer // in QEMU
+	immutable  bool           // the base's flag is set
+	unsettled  bool           // the launch path does not lead to the overlay
 }
 
-// newCutDisk opens the disk's directory and decides how it will be settled.
-// The names of new files follow once the operation's id is known (name).
-func newCutDisk(r *run, d *liveDisk) (*cutDisk, error) {
+// newCutDisk opens the disk's directories and decides how it will be settled.
+// overlays is the directory for the overlay, empty for that of the base. The
+// names of new files follow once the operation's id is known (name).
+func newCutDisk(r *run, d *liveDisk, overlays string) (*cutDisk, error) {
 	c := &cutDisk{
-		Device: d.rec.Device, DiskID: d.rec.ID, Dir: filepath.Dir(d.rec.LaunchPath), Prefix: r.proc.Root,
-		Launch: filepath.Base(d.rec.LaunchPath), Base: filepath.Base(d.active.Path), BaseID: d.active.ID,
+		Device: d.rec.Device, DiskID: d.rec.ID, Prefix: r.proc.Root, BaseID: d.active.ID,
 		BaseFormat: d.top().Node.Driver, BaseNode: d.top().Node.Name, Size: d.top().Node.VirtualSize,
-		Options: d.overlayOptions(), Settle: SettleLive, base: d.top(),
+		Options: d.overlayOptions(), base: d.top(),
 	}
-	if d.rec.LaunchFormat == "raw" {
+	return c, c.place(d.rec, d.active, overlays)
+}
+
+// place says where the disk's files are and how it will be settled, and opens
+// their directories.
+func (c *cutDisk) place(d catalog.Disk, active catalog.Layer, overlays string) error {
+	c.Dir, c.Launch = filepath.Dir(d.LaunchPath), filepath.Base(d.LaunchPath)
+	c.BaseDir, c.Base = filepath.Dir(active.Path), filepath.Base(active.Path)
+	c.OverlayDir = cmp.Or(overlays, c.BaseDir)
+	c.Settle = SettleLive
+	if d.LaunchFormat == "raw" {
 		c.Settle = SettleConvert
 	}
-	if dir := filepath.Dir(d.active.Path); dir != c.Dir {
-		return nil, fmt.Errorf("its layer %s is not beside its launch path %s", d.active.Path, d.rec.LaunchPath)
-	}
-	return c, c.open()
+	return c.open()
 }
 
-// open opens the directory of a disk that came from the journal.
+// open opens the directories. A disk that came from the journal has only their
+// names.
 func (c *cutDisk) open() (err error) {
-	c.dir, err = blockdev.OpenDir(c.Dir, c.Prefix)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.close())
+		}
+	}()
+	if c.dir, err = blockdev.OpenDir(c.Dir, c.Prefix); err != nil {
+		return err
+	}
+	c.baseDir, c.overlayDir = c.dir, c.dir
+	if c.BaseDir = cmp.Or(c.BaseDir, c.Dir); c.BaseDir != c.Dir {
+		if c.baseDir, err = blockdev.OpenDir(c.BaseDir, c.Prefix); err != nil {
+			return err
+		}
+	}
+	switch c.OverlayDir = cmp.Or(c.OverlayDir, c.Dir); c.OverlayDir {
+	case c.Dir:
+	case c.BaseDir:
+		c.overlayDir = c.baseDir
+	default:
+		c.overlayDir, err = blockdev.OpenDir(c.OverlayDir, c.Prefix)
+	}
 	return err
+}
+
+// close closes what open has opened.
+func (c *cutDisk) close() error {
+	var errs []error
+	closed := map[*blockdev.Dir]bool{nil: true}
+	for _, d := range []*blockdev.Dir{c.dir, c.baseDir, c.overlayDir} {
+		if !closed[d] {
+			closed[d] = true
+			errs = append(errs, d.Close())
+		}
+	}
+	c.dir, c.baseDir, c.overlayDir = nil, nil, nil
+	return errors.Join(errs...)
 }
 
 // launchPathIsOurs fails if the launch path leads to another file than the active
 // layer: somebody has put it there, and it is not to be replaced. A launch path
 // that is gone comes back with the cut.
 func (c *cutDisk) launchPathIsOurs(active catalog.Layer) error {
-	info, err := c.dir.Stat(c.Launch)
+	info, err := c.dir.Lead(c.Launch)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
@@ -83,7 +130,7 @@ func (c *cutDisk) launchPathIsOurs(active catalog.Layer) error {
 func (c *cutDisk) name(operation string, n int) {
 	c.OverlayID = fmt.Sprintf("%s-%d", operation, n)
 	c.Overlay = blockdev.LayerName(c.Launch, c.OverlayID, "qcow2")
-	if c.Base == c.Launch {
+	if c.BaseDir == c.Dir && c.Base == c.Launch {
 		c.Base = blockdev.LayerName(c.Launch, fmt.Sprintf("%s-%db", operation, n), c.BaseFormat)
 		c.NewName = true
 	}
@@ -97,8 +144,8 @@ func (c *cutDisk) leftOut() catalog.SnapshotDisk {
 // overlay describes the new layer to QEMU.
 func (c *cutDisk) overlay() blockdev.Overlay {
 	return blockdev.Overlay{
-		Path: c.dir.Path(c.Overlay), Node: nodePrefix + c.OverlayID, Size: c.Size,
-		BasePath: c.dir.Path(c.Base), BaseFormat: c.BaseFormat, Options: c.Options,
+		Path: c.overlayDir.Path(c.Overlay), Node: nodePrefix + c.OverlayID, Size: c.Size,
+		BasePath: c.baseDir.Path(c.Base), BaseFormat: c.BaseFormat, Options: c.Options,
 	}
 }
 
@@ -106,79 +153,80 @@ func (c *cutDisk) overlay() blockdev.Overlay {
 // name that is taken is another's: it fails, and takes back only what it made.
 func (c *cutDisk) makeNames() (err error) {
 	if c.NewName {
-		if err := c.dir.Link(c.Launch, c.Base); err != nil {
+		if err := c.dir.Name(c.Launch, c.Base); err != nil {
 			return fmt.Errorf("permanent name %s: %w", c.dir.Path(c.Base), err)
 		}
 		defer func() {
 			if err != nil {
-				err = errors.Join(err, c.dir.Remove(c.Base))
+				err = errors.Join(err, c.dir.Unname(c.Launch, c.Base))
 			}
 		}()
 	}
-	if err := c.dir.CreateFile(c.Overlay, c.Prefix+c.dir.Path(c.Base)); err != nil {
+	if err := c.overlayDir.CreateFile(c.Overlay, c.Prefix+c.baseDir.Path(c.Base)); err != nil {
 		return err
 	}
-	if err := c.dir.Sync(); err != nil {
-		return errors.Join(err, c.dir.Remove(c.Overlay))
+	if err := errors.Join(c.overlayDir.Sync(), c.dir.Sync()); err != nil {
+		return errors.Join(err, c.overlayDir.Remove(c.Overlay))
 	}
 	return nil
 }
 
 // removeNames takes back what makeNames made, and what the launch guard did. It
-// opens the directory anew, since reverts run when the recipe has returned and
+// opens the directories anew, since reverts run when the recipe has returned and
 // closed its own.
-//
-// The launch path and the base's permanent name may be the only names of the
-// VM's data: neither goes before the other is seen to lead there.
 func (c *cutDisk) removeNames() (err error) {
-	dir, err := blockdev.OpenDir(c.Dir, c.Prefix)
-	if err != nil {
+	d := *c
+	d.dir, d.baseDir, d.overlayDir = nil, nil, nil
+	if err := d.open(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
-	base, err := dir.Stat(c.Base)
-	if c.NewName && errors.Is(err, fs.ErrNotExist) {
-		return dir.Remove(c.Overlay) // nothing was made, or all is taken back
+	defer func() { err = errors.Join(err, d.close()) }()
+	if d.NewName {
+		if named, err := d.dir.Named(d.Base); err != nil {
+			return err
+		} else if !named { // nothing was made, or all is taken back
+			return errors.Join(d.overlayDir.Remove(d.Overlay), d.dir.Unname(d.Launch, d.Base))
+		}
 	}
-	if err != nil {
+	if err := d.dir.PointAt(d.Launch, d.baseDir, d.Base); err != nil {
 		return err
 	}
-	if err := dir.PointAt(c.Launch, c.Base); err != nil {
+	if err := d.dir.Sync(); err != nil {
 		return err
 	}
-	if err := dir.Sync(); err != nil {
-		return err
+	errs := []error{d.overlayDir.Remove(d.Overlay)}
+	if d.NewName {
+		errs = append(errs, d.dir.Unname(d.Launch, d.Base))
 	}
-	launch, err := dir.Stat(c.Launch)
-	if err != nil {
-		return err
-	}
-	if launch.FileID != base.FileID {
-		return fmt.Errorf("%s does not lead to %s: both are kept", dir.Path(c.Launch), dir.Path(c.Base))
-	}
-	errs := []error{dir.Remove(c.Overlay)}
-	if c.NewName {
-		errs = append(errs, dir.Remove(c.Base))
-	}
-	return errors.Join(append(errs, dir.Sync())...)
+	return errors.Join(append(errs, d.overlayDir.Sync(), d.dir.Sync())...)
 }
 
-// pointLaunch makes the launch path name the overlay, unless its declared
+// pointLaunch makes the launch path lead to the overlay, unless its declared
 // format forbids it.
 func (c *cutDisk) pointLaunch() error {
 	if c.Settle != SettleLive {
 		return nil
 	}
-	return c.dir.PointAt(c.Launch, c.Overlay)
+	return c.dir.PointAt(c.Launch, c.overlayDir, c.Overlay)
 }
 
 // coverLaunch makes a start by the launch path safe right after the cut: it
-// names the overlay, or it cannot be opened for writing any more.
+// leads to the overlay, or it cannot be opened for writing any more.
+//
+// Nothing orders what two file systems write. So where the overlay is on another
+// one than what was changed, the change is synced: else the host could go down
+// and come up with what the guest wrote to the overlay, and without the change.
 func (c *cutDisk) coverLaunch() error {
 	if c.Settle == SettleLive {
-		return c.pointLaunch()
+		if err := c.pointLaunch(); err != nil || c.OverlayDir == c.Dir {
+			return err
+		}
+		return c.dir.Sync()
 	}
-	return c.dir.SetImmutable(c.Base, true)
+	if err := c.baseDir.SetImmutable(c.Base, true); err != nil || c.OverlayDir == c.BaseDir {
+		return err
+	}
+	return c.baseDir.SyncFile(c.Base)
 }
 
 // reopened reports whether QEMU calls the base by its permanent name.

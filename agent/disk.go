@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -208,15 +209,23 @@ func relaunched(p discover.Process, d *liveDisk, disk *catalog.Disk, active *cat
 	if d.launch.File == "" {
 		return // it was plugged in later
 	}
-	path, err := launchPath(p, d)
+	permanent := active.Path
+	if permanent == disk.LaunchPath {
+		permanent = "" // it has none yet
+	}
+	path, err := launchPath(p, d, permanent)
 	if err != nil {
 		return
 	}
-	info, err := blockdev.StatPath(p.Root + path)
+	file, err := p.HostPath(path)
+	if err != nil {
+		return
+	}
+	info, err := blockdev.StatPath(file)
 	if err != nil || info.Dev != active.Dev || info.Ino != active.Ino {
 		return
 	}
-	if active.Path == disk.LaunchPath { // it has no permanent name yet
+	if permanent == "" {
 		active.Path = path
 	}
 	disk.LaunchPath, disk.LaunchFormat = path, d.launch.Format
@@ -252,7 +261,7 @@ func covered(layers []catalog.Layer, diskID string) bool {
 // firstSight records a disk with its layers. Everything below the active layer
 // is foreign from now on.
 func (a *Agent) firstSight(ctx context.Context, v *vm, r *run, d *liveDisk, disk catalog.Disk, info blockdev.Info) error {
-	launchPath, err := launchPath(r.proc, d)
+	launchPath, err := launchPath(r.proc, d, "")
 	if err != nil {
 		return err
 	}
@@ -289,24 +298,50 @@ func (a *Agent) firstSight(ctx context.Context, v *vm, r *run, d *liveDisk, disk
 }
 
 // launchPath returns the file name by which the VM's launch command opens the
-// disk, with links resolved: it is this name that comes to lead to the active
-// layer.
-func launchPath(p discover.Process, d *liveDisk) (string, error) {
+// disk, with links resolved but for the one that the agent has made: it is this
+// name that comes to lead to the active layer. active is the permanent name of
+// that layer, empty when there is none.
+func launchPath(p discover.Process, d *liveDisk, active string) (string, error) {
 	path := d.path
 	if d.launch.File != "" {
 		path = absolute(p, d.launch.File)
 	}
-	fi, err := os.Lstat(p.Root + path)
-	if err != nil {
-		return "", fmt.Errorf("its launch path cannot be examined: %w", err)
+	for range maxLinks {
+		fi, err := os.Lstat(p.Root + path)
+		if err != nil {
+			return "", fmt.Errorf("its launch path cannot be examined: %w", err)
+		}
+		if fi.Mode()&os.ModeSymlink == 0 {
+			return path, nil
+		}
+		to, err := os.Readlink(p.Root + path)
+		if err != nil {
+			return "", fmt.Errorf("its launch path cannot be examined: %w", err)
+		}
+		if to == active {
+			return path, nil
+		}
+		if p.Root != "" {
+			return "", fmt.Errorf("its launch path %s is a symbolic link in another mount namespace", path)
+		}
+		dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+		if err != nil {
+			return "", fmt.Errorf("its launch path cannot be examined: %w", err)
+		}
+		if path = to; !filepath.IsAbs(path) {
+			path = filepath.Join(dir, path)
+		}
 	}
-	if fi.Mode()&os.ModeSymlink == 0 {
-		return path, nil
-	}
-	if p.Root != "" {
-		return "", fmt.Errorf("its launch path %s is a symbolic link in another mount namespace", path)
-	}
-	return filepath.EvalSymlinks(path)
+	return "", fmt.Errorf("its launch path has more than %d symbolic links", maxLinks)
+}
+
+// maxLinks bounds the symbolic links of one path, as the kernel does.
+const maxLinks = 40
+
+// overlayDir returns the directory in which a disk's overlays are made, empty
+// when they stand beside the layer that they cover.
+func (a *Agent) overlayDir(p discover.Process, device string) string {
+	return cmp.Or(p.OverlayDirs[device], p.OverlayDir, a.cfg.OverlayDir)
 }
 
 // nodePrefix begins the name of every node that the agent makes in a QEMU.

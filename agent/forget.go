@@ -76,18 +76,28 @@ func releaseLayers(layers []catalog.Layer) error {
 
 // releaseLayer undoes cutDisk.protect.
 func releaseLayer(l catalog.Layer) (err error) {
+	if l.Immutable {
+		return setImmutable(l.Path, false)
+	}
 	dir, err := blockdev.OpenDir(filepath.Dir(l.Path), "")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
 	name := filepath.Base(l.Path)
-	if l.Immutable {
-		return dir.SetImmutable(name, false)
-	}
 	fi, err := dir.Root().Lstat(name)
 	if err != nil {
 		return err
 	}
 	return dir.Root().Chmod(name, fi.Mode().Perm()|0o200)
+}
+
+// setImmutable sets or lifts the flag of a layer.
+func setImmutable(path string, on bool) (err error) {
+	dir, err := blockdev.OpenDir(filepath.Dir(path), "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	return dir.SetImmutable(filepath.Base(path), on)
 }

@@ -152,7 +152,7 @@ func GuardLaunchPaths(in io.Reader, out io.Writer) error {
 		if err := d.open(); err != nil {
 			return fmt.Errorf("launch guard: %w", err)
 		}
-		if bases[i], err = blockdev.DenyNewWriters(d.Prefix + d.dir.Path(d.Base)); err != nil {
+		if bases[i], err = blockdev.DenyNewWriters(d.Prefix + d.baseDir.Path(d.Base)); err != nil {
 			return fmt.Errorf("launch guard: %w", err)
 		}
 	}

@@ -208,9 +208,7 @@ func (a *Agent) preflight(ctx context.Context, v *vm, req SnapshotRequest, regis
 // close releases the directories.
 func (p *preflight) close() {
 	for _, d := range append(p.disks, p.unfit...) {
-		if d.dir != nil {
-			_ = d.dir.Close()
-		}
+		_ = d.close()
 	}
 }
 
@@ -314,7 +312,7 @@ func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req Snapsho
 		refuse(fault.Busy, "QEMU's block job %s is working on it", job)
 		return
 	}
-	c, err := newCutDisk(p.run, d)
+	c, err := newCutDisk(p.run, d, a.overlayDir(p.run.proc, d.rec.Device))
 	if err != nil {
 		refuse(fault.Failed, "%v", err)
 		return
@@ -325,7 +323,7 @@ func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req Snapsho
 		return
 	}
 	if c.Settle == SettleConvert {
-		if _, err := c.dir.Immutable(c.Launch); err != nil {
+		if _, err := c.baseDir.Immutable(c.Base); err != nil {
 			p.unfit = append(p.unfit, c)
 			refuse(fault.Unsupported, "its launch command declares format=raw, and without the immutable flag nothing would keep a restarted VM from writing to the covered layer: %v", err)
 			return
@@ -337,16 +335,16 @@ func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req Snapsho
 
 // admit adds a disk to the cut when there is room for its overlay.
 func (p *preflight) admit(v *vm, c *cutDisk, partial bool) {
-	free, err := c.dir.Free()
+	free, err := c.overlayDir.Free()
 	if err != nil {
 		p.drop(v, c.leftOut(), partial, fault.New(fault.Failed, "VM %s: disk %s: %w", v.name(), c.Device, err))
 		return
 	}
-	p.plan.Disks = append(p.plan.Disks, PlanDisk{Device: c.Device, Directory: c.Dir, Free: free, VirtualSize: c.Size, Settle: c.Settle})
+	p.plan.Disks = append(p.plan.Disks, PlanDisk{Device: c.Device, Directory: c.OverlayDir, Free: free, VirtualSize: c.Size, Settle: c.Settle})
 	if free < overlayReserve {
 		p.unfit = append(p.unfit, c)
 		p.drop(v, c.leftOut(), partial, fault.New(fault.NoSpace, "VM %s: disk %s: only %d KiB are free in %s; %d KiB are needed",
-			v.name(), c.Device, free>>10, c.Dir, overlayReserve>>10))
+			v.name(), c.Device, free>>10, c.OverlayDir, overlayReserve>>10))
 		return
 	}
 	p.disks = append(p.disks, c)

@@ -203,9 +203,7 @@ func (c *cut) load(rec op.Record, entries []op.Entry) (p prepared, sent bool, er
 
 func (c *cut) closeDirs() {
 	for _, d := range c.disks {
-		if d.dir != nil {
-			_ = d.dir.Close()
-		}
+		_ = d.close()
 	}
 }
 
@@ -293,15 +291,15 @@ func (c *cut) happenedBeforeEnd() (bool, error) {
 		return err == nil, err
 	}
 	for _, d := range c.disks {
-		launch, err := d.dir.Stat(d.Launch)
+		launch, err := d.dir.Lead(d.Launch)
 		if err != nil {
 			return false, c.failure(d, err)
 		}
-		overlay, err := d.dir.Stat(d.Overlay)
+		overlay, err := d.overlayDir.Stat(d.Overlay)
 		if err != nil {
 			return false, c.failure(d, err)
 		}
-		base, err := blockdev.DenyNewWriters(d.Prefix + d.dir.Path(d.Base))
+		base, err := blockdev.DenyNewWriters(d.Prefix + d.baseDir.Path(d.Base))
 		if err != nil {
 			return false, c.failure(d, err)
 		}
@@ -312,13 +310,13 @@ func (c *cut) happenedBeforeEnd() (bool, error) {
 		if !written && (launch.FileID == overlay.FileID || d.Settle != SettleLive) {
 			continue // the VM came up on the overlay, or could not come up at all
 		}
-		empty, err := blockdev.IsEmpty(d.Prefix + d.dir.Path(d.Overlay))
+		empty, err := blockdev.IsEmpty(d.Prefix + d.overlayDir.Path(d.Overlay))
 		if err != nil {
 			return false, c.failure(d, err)
 		}
 		if !empty {
 			return false, fault.New(fault.Failed, "VM %s: disk %s was started on %s although the overlay %s holds newer data; both files are kept",
-				c.vm.name(), d.Device, d.dir.Path(d.Launch), d.dir.Path(d.Overlay)).
+				c.vm.name(), d.Device, d.dir.Path(d.Launch), d.overlayDir.Path(d.Overlay)).
 				WithHint("stop the VM, and decide which of the two states is wanted")
 		}
 		return false, nil

@@ -2,12 +2,10 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"path/filepath"
-	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
@@ -42,7 +40,7 @@ func (v *vm) needsSettling() bool {
 	return false
 }
 
-// settleRecipe makes the launch path of each disk name a file with the newest
+// settleRecipe makes the launch path of each disk lead to a file with the newest
 // content, in the format that the launch command declares.
 func (a *Agent) settleRecipe(ctx context.Context, o *op.Op, v *vm) error {
 	v.changing.Lock()
@@ -67,19 +65,14 @@ func (a *Agent) settleRecipe(ctx context.Context, o *op.Op, v *vm) error {
 	return a.reload(ctx, v)
 }
 
-// pointStopped makes the launch path of a stopped VM name the active layer,
+// pointStopped makes the launch path of a stopped VM lead to the active layer,
 // where that failed at the cut.
-func (a *Agent) pointStopped(ctx context.Context, o *op.Op, d catalog.Disk) (err error) {
+func (a *Agent) pointStopped(ctx context.Context, o *op.Op, d catalog.Disk) error {
 	active, err := a.catalog.Layer(ctx, d.ActiveLayer)
 	if err != nil {
 		return err
 	}
-	dir, err := blockdev.OpenDir(filepath.Dir(d.LaunchPath), "")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
-	if err := a.pointPast(ctx, o.ID(), dir, filepath.Base(d.LaunchPath), filepath.Base(active.Path), active); err != nil {
+	if err := a.pointPast(ctx, o.ID(), d.LaunchPath, active.Path, active); err != nil {
 		return err
 	}
 	d.SettleNeeded = false
@@ -87,164 +80,11 @@ func (a *Agent) pointStopped(ctx context.Context, o *op.Op, d catalog.Disk) (err
 	return err
 }
 
-// entryConvert announces a conversion.
-const entryConvert = "convert"
-
-// conversion is a disk that gets a new file in the format that its launch
-// command declares. It is what the journal keeps of it.
-type conversion struct {
-	Disk   catalog.Disk
-	Old    catalog.Layer // the overlay that is replaced
-	New    catalog.Layer
-	Dir    string // of the launch path
-	Launch string // names within it
-	Name   string
-}
-
-// convert gives a disk whose launch command declares format=raw a raw file
-// with its newest content, and points the launch path at it. Until then the
-// launch path names the covered layer, which is immutable, so that a start
-// fails rather than writes to it. The overlay is not needed any more.
-func (a *Agent) convert(ctx context.Context, o *op.Op, d catalog.Disk) (err error) {
-	active, err := a.catalog.Layer(ctx, d.ActiveLayer)
-	if err != nil {
-		return err
-	}
-	locks, err := a.lockTree(ctx, active)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, closeAll(locks)) }()
-	c := conversion{Disk: d, Old: active, Dir: filepath.Dir(d.LaunchPath), Launch: filepath.Base(d.LaunchPath)}
-	c.New = catalog.Layer{ID: newID(), DiskID: d.ID, Format: "raw", VirtualSize: active.VirtualSize, Operation: o.ID(), Created: time.Now()}
-	c.Name = blockdev.LayerName(c.Launch, c.New.ID, "raw")
-	dir, err := blockdev.OpenDir(c.Dir, "")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
-	c.New.Path = dir.Path(c.Name)
-	if err := o.Journal(ctx, entryConvert, c); err != nil {
-		return err
-	}
-	o.Revert("remove "+c.Name, func(context.Context) error { return c.remove() })
-	if err := dir.CreateFile(c.Name, active.Path); err != nil {
-		return err
-	}
-	err = blockdev.Convert(ctx, active.Path, active.Format, c.New.Path, "raw", func(done, total uint64) {
-		o.Progress(done*active.VirtualSize/total, active.VirtualSize, "bytes")
-	})
-	if err != nil {
-		return err
-	}
-	if err := dir.SyncFile(c.Name); err != nil {
-		return err
-	}
-	if err := o.PointOfNoReturn(); err != nil {
-		return err
-	}
-	o.DropReverts() // from here on the launch path may name the new file
-	ctx = context.WithoutCancel(ctx)
-	if err := a.pointPast(ctx, o.ID(), dir, c.Launch, c.Name, c.Old); err != nil {
-		if named, look := leadsTo(dir, c.Launch, c.Name); look != nil {
-			return errors.Join(err, look)
-		} else if !named {
-			return errors.Join(err, dir.Remove(c.Name))
-		}
-		o.Warn(op.Warning{Code: warnNoImmutable, Disk: d.Device, Message: err.Error()}) // the rest of it has been done
-	}
-	return a.recordConversion(ctx, o, dir, c)
-}
-
-// remove takes back the converted file. It opens the directory anew, since
-// reverts run when the recipe has returned and closed its own.
-func (c conversion) remove() (err error) {
-	dir, err := blockdev.OpenDir(c.Dir, "")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
-	return dir.Remove(c.Name)
-}
-
-// recordConversion makes the converted file, which the launch path names by now,
-// the active layer, and removes the overlay that it replaces. An operation that
-// ended here would leave a VM that runs on a file which nobody knows, so what
-// fails is tried again until the agent stops. It can be done again after a crash
-// at any point.
-func (a *Agent) recordConversion(ctx context.Context, o *op.Op, dir *blockdev.Dir, c conversion) error {
-	for {
-		err := a.tryRecordConversion(ctx, dir, c)
-		if err == nil {
-			return nil
-		}
-		o.Logger().Error("the conversion cannot be recorded yet", "disk", c.Disk.Device, "error", err)
-		select {
-		case <-a.stopping:
-			return op.ErrLeave
-		case <-time.After(askAgain):
-		}
-	}
-}
-
-func (a *Agent) tryRecordConversion(ctx context.Context, dir *blockdev.Dir, c conversion) error {
-	info, err := dir.Stat(c.Name)
-	if err != nil {
-		return err
-	}
-	c.New.Dev, c.New.Ino = info.Dev, info.Ino
-	c.Disk.ActiveLayer, c.Disk.SettleNeeded = c.New.ID, false
-	if err := a.putLayers(ctx, []catalog.Layer{c.New}, []catalog.Disk{c.Disk}); err != nil {
-		return err
-	}
-	if err := a.catalog.DeleteLayer(ctx, c.Old.ID); err != nil && fault.Of(err) != fault.NotFound {
-		return err
-	}
-	return dir.Remove(filepath.Base(c.Old.Path))
-}
-
-// recoverConversions finishes the conversions whose file the launch path names
-// already, and takes the others back.
-func (a *Agent) recoverConversions(ctx context.Context, o *op.Op, entries []op.Entry) error {
-	var errs []error
-	for _, e := range entries {
-		if e.Kind != entryConvert {
-			continue
-		}
-		var c conversion
-		if err := json.Unmarshal(e.Data, &c); err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		errs = append(errs, a.recoverConversion(ctx, o, c))
-	}
-	return errors.Join(errs...)
-}
-
-func (a *Agent) recoverConversion(ctx context.Context, o *op.Op, c conversion) (err error) {
-	dir, err := blockdev.OpenDir(c.Dir, "")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
-	if base, err := a.flagged(ctx, c.Old); err != nil {
-		return err
-	} else if base.ID != "" { // the flag may have been lifted when the host died
-		if err := dir.SetImmutable(filepath.Base(base.Path), true); err != nil {
-			o.Warn(op.Warning{Code: warnNoImmutable, Disk: c.Disk.Device, Message: err.Error()})
-		}
-	}
-	if named, err := leadsTo(dir, c.Launch, c.Name); err != nil || !named {
-		return errors.Join(err, dir.Remove(c.Name))
-	}
-	return a.recordConversion(ctx, o, dir, c)
-}
-
-// leadsTo reports whether two names are those of one file. A name that is not
+// leadsTo reports whether two paths are those of one file. A path that is not
 // there leads nowhere.
-func leadsTo(dir *blockdev.Dir, launch, name string) (bool, error) {
-	a, errA := dir.Stat(launch)
-	b, errB := dir.Stat(name)
+func leadsTo(launch, layer string) (bool, error) {
+	a, errA := blockdev.StatPath(launch)
+	b, errB := blockdev.StatPath(layer)
 	for _, err := range []error{errA, errB} {
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return false, err
@@ -253,58 +93,70 @@ func leadsTo(dir *blockdev.Dir, launch, name string) (bool, error) {
 	return errA == nil && errB == nil && a.FileID == b.FileID, nil
 }
 
-// flagged returns the covered layer below an active one if the agent made it
-// immutable, else the zero layer. There is none once the active layer has been
-// replaced by a converted file.
-func (a *Agent) flagged(ctx context.Context, active catalog.Layer) (catalog.Layer, error) {
-	if active.Parent == "" {
-		return catalog.Layer{}, nil
-	}
-	base, err := a.catalog.Layer(ctx, active.Parent)
-	if err != nil || !base.Immutable || base.Foreign {
-		return catalog.Layer{}, err
-	}
-	return base, nil
-}
-
-// pointPast points the launch path at a layer when it names the covered layer
-// below active. That layer's flag has to be lifted for the rename. Meanwhile a
-// launch guard keeps every QEMU from writing to it, and sets the flag again if
-// this process dies. A launch path that names anything else is not ours to
+// pointPast makes a launch path lead to a layer when it leads to the covered
+// layer below active. A launch path that leads anywhere else is not ours to
 // change.
-func (a *Agent) pointPast(ctx context.Context, operation string, dir *blockdev.Dir, launch, name string, active catalog.Layer) (err error) {
-	if done, err := leadsTo(dir, launch, name); err != nil || done {
+func (a *Agent) pointPast(ctx context.Context, operation, launch, layer string, active catalog.Layer) (err error) {
+	dir, err := blockdev.OpenDir(filepath.Dir(launch), "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	in, err := blockdev.OpenDir(filepath.Dir(layer), "")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, in.Close()) }()
+	if done, err := leadsTo(launch, layer); err != nil || done {
 		return errors.Join(err, dir.Sync())
 	}
 	base, err := a.catalog.Layer(ctx, active.Parent)
 	if err != nil {
 		return err
 	}
-	info, err := dir.Stat(launch)
+	name := filepath.Base(launch)
+	info, err := dir.Lead(name)
 	if err != nil {
 		return err
 	}
 	if info.Dev != base.Dev || info.Ino != base.Ino {
 		return fault.New(fault.Unsupported, "its launch path %s leads to another file than the layer %s that it named when it was last seen",
-			dir.Path(launch), base.Path).WithHint("put back the file that was there, or remove it and link %s to its name", active.Path)
+			launch, base.Path).WithHint("put back the file that was there, or remove it and link %s to its name", active.Path)
 	}
-	if base.Immutable && !base.Foreign {
-		protected := &cutDisk{Dir: filepath.Dir(base.Path), Launch: launch, Base: filepath.Base(base.Path), Settle: SettleConvert}
-		guard, err := startLaunchGuard(ctx, a.cfg.LaunchGuard, a.launchGuardLock(operation), []*cutDisk{protected})
+	if own, err := dir.Stat(name); err != nil {
+		return err
+	} else if own.FileID == info.FileID && base.Immutable && !base.Foreign {
+		bare, err := a.unflag(ctx, operation, base)
 		if err != nil {
 			return err
 		}
-		defer func() {
-			err = errors.Join(err, dir.SetImmutable(protected.Base, true), guard.release())
-		}()
-		if err := dir.SetImmutable(protected.Base, false); err != nil {
-			return err
-		}
+		defer func() { err = errors.Join(err, bare()) }()
 	}
-	if err := dir.PointAt(launch, name); err != nil {
+	if err := dir.PointAt(name, in, filepath.Base(layer)); err != nil {
 		return err
 	}
 	return dir.Sync()
+}
+
+// unflag lifts the flag of a covered layer, as it takes to rename over one of
+// its names, until restore is called. Meanwhile a launch guard keeps every QEMU
+// from writing to the layer, and sets the flag again if this process dies.
+func (a *Agent) unflag(ctx context.Context, operation string, base catalog.Layer) (restore func() error, err error) {
+	protected := &cutDisk{Dir: filepath.Dir(base.Path), Base: filepath.Base(base.Path), Settle: SettleConvert}
+	if err := protected.open(); err != nil {
+		return nil, err
+	}
+	guard, err := startLaunchGuard(ctx, a.cfg.LaunchGuard, a.launchGuardLock(operation), []*cutDisk{protected})
+	if err != nil {
+		return nil, errors.Join(err, protected.close())
+	}
+	restore = func() error {
+		return errors.Join(protected.baseDir.SetImmutable(protected.Base, true), guard.release(), protected.close())
+	}
+	if err := protected.baseDir.SetImmutable(protected.Base, false); err != nil {
+		return nil, errors.Join(err, restore())
+	}
+	return restore, nil
 }
 
 // lockTree takes the image locks of a layer and of all below it, against

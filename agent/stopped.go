@@ -4,11 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"path/filepath"
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/blockdev"
 )
@@ -18,6 +17,7 @@ import (
 func (a *Agent) preflightStopped(v *vm, req SnapshotRequest, p *preflight) error {
 	v.mu.Lock()
 	disks, layers, stopped := v.disks, v.layers, v.rec.Stopped
+	proc := a.described(v.rec)
 	v.mu.Unlock()
 	if stopped == endedByMigration {
 		return fault.New(fault.Unsupported, "VM %s has migrated to another host, where its disks may be in use", v.name())
@@ -46,7 +46,7 @@ func (a *Agent) preflightStopped(v *vm, req SnapshotRequest, p *preflight) error
 		case !chosen[d.Device]:
 			p.leaveOut(d.ID, d.Device, active.VirtualSize)
 		default:
-			c, err := stoppedDisk(d, active)
+			c, err := stoppedDisk(d, active, a.overlayDir(proc, d.Device))
 			if err != nil {
 				p.drop(v, catalog.SnapshotDisk{DiskID: d.ID, Device: d.Device, Size: active.VirtualSize}, req.AllowPartial, fault.New(kindOf(err), "VM %s: disk %s: %w", v.name(), d.Device, err))
 				continue
@@ -55,6 +55,18 @@ func (a *Agent) preflightStopped(v *vm, req SnapshotRequest, p *preflight) error
 		}
 	}
 	return nil
+}
+
+// described is what the launch command and the overrides say of a VM that is
+// stopped. An override that goes by the pid in a file does not match it.
+func (a *Agent) described(rec catalog.VM) discover.Process {
+	p, err := discover.ParseCommandLine(rec.Command)
+	if err != nil {
+		a.log.Debug("the launch command of a stopped VM", "vm", rec.Name, "error", err)
+	}
+	p.Args = rec.Command
+	p, _ = discover.Apply(a.overrides, p)
+	return p
 }
 
 func layerOf(layers []catalog.Layer, id string) catalog.Layer {
@@ -68,7 +80,7 @@ func layerOf(layers []catalog.Layer, id string) catalog.Layer {
 
 // stoppedDisk prepares the cut of one disk, whose launch path must name the
 // layer that the catalog knows as active.
-func stoppedDisk(d catalog.Disk, active catalog.Layer) (*cutDisk, error) {
+func stoppedDisk(d catalog.Disk, active catalog.Layer, overlays string) (*cutDisk, error) {
 	if d.SettleNeeded {
 		return nil, fault.New(fault.Busy, "its launch path is not settled since the last snapshot")
 	}
@@ -81,16 +93,9 @@ func stoppedDisk(d catalog.Disk, active catalog.Layer) (*cutDisk, error) {
 			d.LaunchPath, active.Path)
 	}
 	c := &cutDisk{
-		Device: d.Device, DiskID: d.ID, Dir: filepath.Dir(d.LaunchPath), Launch: filepath.Base(d.LaunchPath),
-		Base: filepath.Base(active.Path), BaseID: active.ID, BaseFormat: active.Format, Size: active.VirtualSize, Settle: SettleLive,
+		Device: d.Device, DiskID: d.ID, BaseID: active.ID, BaseFormat: active.Format, Size: active.VirtualSize,
 	}
-	if d.LaunchFormat == "raw" {
-		c.Settle = SettleConvert
-	}
-	if filepath.Dir(active.Path) != c.Dir {
-		return nil, fmt.Errorf("its layer %s is not beside its launch path %s", active.Path, d.LaunchPath)
-	}
-	return c, c.open()
+	return c, c.place(d, active, overlays)
 }
 
 // takeStopped is the recipe for a VM without a QEMU process. The image
@@ -171,7 +176,7 @@ func (c *cut) buildStopped(ctx context.Context) error {
 		if err := d.overlay().CreateOffline(ctx, d.Prefix); err != nil {
 			return c.failure(d, err)
 		}
-		if err := d.dir.SyncFile(d.Overlay); err != nil {
+		if err := d.overlayDir.SyncFile(d.Overlay); err != nil {
 			return c.failure(d, err)
 		}
 	}

@@ -152,7 +152,7 @@ func (m *machine) overlays(round int, names ...string) ([]blockdev.Overlay, []bl
 		perm := file
 		if round == 0 {
 			perm = blockdev.LayerName(file, "base", base.Node.Driver)
-			if err := dir.Link(file, perm); err != nil {
+			if err := dir.Name(file, perm); err != nil {
 				m.t.Fatal(err)
 			}
 		}

@@ -16,8 +16,9 @@ import (
 // elements, resolved below the directory handle (os.Root), so that neither a
 // symbolic link nor a ".." leads out of it.
 type Dir struct {
-	path string // as QEMU names it
-	root *os.Root
+	path   string // as QEMU names it
+	prefix string // before path, where QEMU has another file system tree
+	root   *os.Root
 }
 
 // OpenDir opens a directory. path is what QEMU calls it; prefix is "" or the
@@ -27,7 +28,7 @@ func OpenDir(path, prefix string) (*Dir, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open directory %s: %w", path, err)
 	}
-	return &Dir{path: path, root: root}, nil
+	return &Dir{path: path, prefix: prefix, root: root}, nil
 }
 
 // Close releases the handle.
@@ -97,42 +98,10 @@ func (d *Dir) CreateFile(name string, like string) error {
 	return nil
 }
 
-// Link gives a file another name. It fails with fs.ErrExist when the new name
-// is taken.
-func (d *Dir) Link(name, newName string) error { return d.root.Link(name, newName) }
-
 // Remove deletes a name and is content when there is none.
 func (d *Dir) Remove(name string) error {
 	if err := d.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
-	}
-	return nil
-}
-
-// tempSuffix marks the link that PointAt renames. One that a crash left behind
-// is only another name of the layer and is replaced by the next PointAt.
-const tempSuffix = ".vmsnap-link"
-
-// PointAt makes launch another name of the layer, in one atomic step: whoever
-// opens launch gets the layer it named before or the new one. It is durable
-// after Sync.
-func (d *Dir) PointAt(launch, layer string) error {
-	want, err := d.Stat(layer)
-	if err != nil {
-		return fmt.Errorf("point %s at %s: %w", d.Path(launch), layer, err)
-	}
-	if got, err := d.Stat(launch); err == nil && got.FileID == want.FileID {
-		return nil // rename between two names of one file would do nothing and keep both
-	}
-	tmp := launch + tempSuffix
-	if err := d.Remove(tmp); err != nil {
-		return fmt.Errorf("point %s at %s: %w", d.Path(launch), layer, err)
-	}
-	if err := d.root.Link(layer, tmp); err != nil {
-		return fmt.Errorf("point %s at %s: %w", d.Path(launch), layer, err)
-	}
-	if err := d.root.Rename(tmp, launch); err != nil {
-		return errors.Join(fmt.Errorf("point %s at %s: %w", d.Path(launch), layer, err), d.Remove(tmp))
 	}
 	return nil
 }

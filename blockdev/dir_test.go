@@ -80,7 +80,7 @@ func TestNamesCannotLeadOut(t *testing.T) {
 		"create":    d.CreateFile("../x", outside),
 		"immutable": d.SetImmutable("link", true),
 		"sync":      d.SyncFile("link"),
-		"link":      d.Link("layer", "../x"),
+		"name":      d.Name("layer", "../x"),
 	} {
 		if err == nil {
 			t.Errorf("%s led out of the directory", name)
@@ -88,37 +88,6 @@ func TestNamesCannotLeadOut(t *testing.T) {
 	}
 	if read(t, outside) != "outside" {
 		t.Error("a file outside was changed")
-	}
-}
-
-func TestPointAt(t *testing.T) {
-	d, path := openDir(t)
-	at := func(n string) string { return filepath.Join(path, n) }
-	write(t, at("launch"), "old")
-	if err := d.Link("launch", "old"); err != nil {
-		t.Fatal(err)
-	}
-	write(t, at("new"), "new")
-	write(t, at("launch"+tempSuffix), "left behind by a crash")
-	for range 2 { // the second time there is nothing to do
-		if err := d.PointAt("launch", "new"); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got := read(t, at("launch")); got != "new" {
-		t.Errorf("launch leads to %q", got)
-	}
-	if got := read(t, at("old")); got != "old" {
-		t.Errorf("the covered layer holds %q", got)
-	}
-	if _, err := d.Stat("launch" + tempSuffix); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the temporary link is left: %v", err)
-	}
-	if err := d.PointAt("launch", "missing"); err == nil {
-		t.Error("a missing layer was pointed at")
-	}
-	if got := read(t, at("launch")); got != "new" {
-		t.Errorf("after a failure launch leads to %q", got)
 	}
 }
 

@@ -11,7 +11,7 @@
 //	Dir.CreateFile        an empty file for the overlay, never an existing one
 //	Overlay.Build         qcow2 header and nodes in QEMU, attached to nothing
 //	Cut                   one transaction over all drives
-//	Dir.PointAt           the launch path names the new active layer
+//	Dir.PointAt           the launch path leads to the new active layer
 //	Overlay.ReopenBacking no node is called by the launch path any more
 //	Dir.SetImmutable      the covered layer cannot be written by mistake
 //

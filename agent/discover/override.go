@@ -1,6 +1,7 @@
 package discover
 
 import (
+	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -18,6 +19,9 @@ type Override struct {
 	GuestAgent string   // socket path; "@name" is abstract
 	Unit       string
 	Ignore     bool // the VM is not managed
+
+	OverlayDir string            // where the overlays of its disks are made
+	Disks      map[string]string // where those of some disks are made instead, by device
 }
 
 // Match chooses the process that an override is for: all that is given must
@@ -90,6 +94,16 @@ func (o Override) apply(p *Process) {
 	}
 	if o.Unit != "" {
 		p.Cgroup.Unit = o.Unit
+	}
+	if o.OverlayDir != "" {
+		p.OverlayDir = o.OverlayDir
+	}
+	if len(o.Disks) > 0 {
+		p.OverlayDirs = maps.Clone(p.OverlayDirs)
+		if p.OverlayDirs == nil {
+			p.OverlayDirs = map[string]string{}
+		}
+		maps.Copy(p.OverlayDirs, o.Disks)
 	}
 }
 

@@ -32,6 +32,9 @@ name: web-1
 qmp: [/run/web/qmp.sock, "@web"]
 guest-agent: /run/web/qga.sock
 unit: qemu@web.service
+overlay-dir: /srv/overlays
+disks:
+  data: {overlay-dir: /srv/big/}
 ---
 match: {name: db}
 qmp: /run/db.sock
@@ -45,8 +48,8 @@ qmp: /run/db.sock
 	want := []Override{
 		{File: a, Line: 2, Match: Match{Name: "web", UUID: "7f3a2b10-5c1d-4e8f-9a6b-112233445566", PIDFile: "/run/web.pid"},
 			Name: "web-1", QMP: []string{"/run/web/qmp.sock", "@web"}, GuestAgent: "/run/web/qga.sock",
-			Unit: "qemu@web.service"},
-		{File: a, Line: 11, Match: Match{Name: "db"}, QMP: []string{"/run/db.sock"}},
+			Unit: "qemu@web.service", OverlayDir: "/srv/overlays", Disks: map[string]string{"data": "/srv/big"}},
+		{File: a, Line: 14, Match: Match{Name: "db"}, QMP: []string{"/run/db.sock"}},
 		{File: b, Line: 1, Match: Match{CommandLine: "disk=b"}, Ignore: true},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -72,6 +75,12 @@ func TestOverrideMistakes(t *testing.T) {
 		{"match: {name: a}\nguest-agent: '@'\n", "f:2: guest-agent: must be an absolute path"},
 		{"match: {name: a}\nignore: perhaps\n", "f:2: ignore: must be true or false"},
 		{"match: {name: a}\nname:\n", "f:2: name: must be a text"},
+		{"match: {name: a}\noverlay-dir: rel\n", "f:2: overlay-dir: must be an absolute path"},
+		{"match: {name: a}\ndisks: [data]\n", "f:2: disks: must be disks with settings"},
+		{"match: {name: a}\ndisks:\n  data: /srv\n", "f:3: disks.data: must be settings with values"},
+		{"match: {name: a}\ndisks:\n  data: {overlay-dir: rel}\n", "f:3: disks.data.overlay-dir: must be an absolute path"},
+		{"match: {name: a}\ndisks:\n  data: {x: y}\n", "f:3: disks.data.x: unknown setting"},
+		{"match: {name: a}\ndisks:\n  data: {overlay-dir: /a}\n  data: {overlay-dir: /b}\n", "f:4: disks.data: given twice"},
 		{"match: {uuid: 12}\n", "f:1: match.uuid: must be a UUID"},
 		{"name: a\n", "f:1: match: missing: name the VM by name, uuid, pid-file or command-line"},
 		{"match: {}\n", "f:1: match: missing: name the VM by name, uuid, pid-file or command-line"},
@@ -119,20 +128,26 @@ func TestApply(t *testing.T) {
 		}
 	}
 	overrides := []Override{
-		{File: "a", Match: Match{Name: "web"}, Name: "web-1", QMP: []string{"/a", "@b"}, Unit: "u.service"},
+		{File: "a", Match: Match{Name: "web"}, Name: "web-1", QMP: []string{"/a", "@b"}, Unit: "u.service",
+			OverlayDir: "/first", Disks: map[string]string{"data": "/big", "root": "/fast"}},
 		{File: "b", Match: Match{Name: "web-1"}, Name: "never"},
-		{File: "c", Match: Match{Name: "web"}, GuestAgent: "/qga", Unit: "v.service"},
+		{File: "c", Match: Match{Name: "web"}, GuestAgent: "/qga", Unit: "v.service",
+			OverlayDir: "/second", Disks: map[string]string{"data": "/bigger"}},
 	}
 	got, manage := Apply(overrides, found)
 	want := found
 	want.Name, want.QMP = "web-1", []Socket{{Path: "/a"}, {Path: "b", Abstract: true}}
 	want.GuestAgent = Socket{Path: "/qga"}
+	want.OverlayDir, want.OverlayDirs = "/second", map[string]string{"data": "/bigger", "root": "/fast"}
 	want.Cgroup.Unit, want.Overrides = "v.service", []string{"a", "c"}
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Process{})); diff != "" || !manage {
 		t.Errorf("managed: %v, %s", manage, diff)
 	}
 	if found.QMP[0].Path != "/found" {
 		t.Error("the process that was given has changed")
+	}
+	if first := overrides[0].Disks["data"]; first != "/big" {
+		t.Errorf("an override has changed: %s", first)
 	}
 	if _, manage := Apply([]Override{{Match: Match{Name: "web"}, Ignore: true}, {Match: Match{Name: "web"}}}, found); manage {
 		t.Error("an ignored VM is managed")

@@ -56,6 +56,9 @@ func (e *SettingError) Unwrap() error { return e.Err }
 //	qmp: [/run/web/qmp.sock]    # instead of what was found
 //	guest-agent: /run/web/qga.sock
 //	unit: qemu@web.service
+//	overlay-dir: /srv/overlays  # where its overlays are made
+//	disks:
+//	  data: {overlay-dir: /srv/big}
 //	ignore: true                # leave it alone
 func LoadOverrides(dir string) ([]Override, error) {
 	entries, err := os.ReadDir(dir)
@@ -147,6 +150,8 @@ func (d *document) override(n *yaml.Node) Override {
 		"guest-agent": d.socket(&o.GuestAgent),
 		"unit":        d.text(&o.Unit),
 		"ignore":      d.flag(&o.Ignore),
+		"overlay-dir": d.path(&o.OverlayDir),
+		"disks":       d.disks(&o.Disks),
 	})
 	if o.Match == (Match{}) && len(d.errs) == 0 {
 		d.fail(n, "match", "missing: name the VM by name, uuid, pid-file or command-line")
@@ -160,20 +165,43 @@ func (d *document) mapping(n *yaml.Node, prefix string, readers map[string]func(
 		d.fail(n, prefix, "must be settings with values")
 		return
 	}
+	d.entries(n, prefix, func(at string, key, value *yaml.Node) {
+		if read, known := readers[key.Value]; known {
+			read(at, value)
+		} else {
+			d.fail(key, at, "unknown setting")
+		}
+	})
+}
+
+// entries hands each entry of a mapping to its reader, once.
+func (d *document) entries(n *yaml.Node, prefix string, read func(at string, key, value *yaml.Node)) {
 	seen := map[string]bool{}
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
 		at := strings.TrimPrefix(prefix+"."+key.Value, ".")
-		read, known := readers[key.Value]
-		switch {
-		case !known:
-			d.fail(key, at, "unknown setting")
-		case seen[key.Value]:
+		if seen[key.Value] {
 			d.fail(key, at, "given twice")
-		default:
-			seen[key.Value] = true
-			read(at, value)
+			continue
 		}
+		seen[key.Value] = true
+		read(at, key, value)
+	}
+}
+
+// disks reads settings of single disks, by their devices.
+func (d *document) disks(to *map[string]string) func(string, *yaml.Node) {
+	return func(at string, n *yaml.Node) {
+		if n.Kind != yaml.MappingNode || len(n.Content) == 0 {
+			d.fail(n, at, "must be disks with settings")
+			return
+		}
+		*to = map[string]string{}
+		d.entries(n, at, func(at string, key, value *yaml.Node) {
+			var dir string
+			d.mapping(value, at, map[string]func(string, *yaml.Node){"overlay-dir": d.path(&dir)})
+			(*to)[key.Value] = dir
+		})
 	}
 }
 

@@ -50,6 +50,9 @@ type Process struct {
 	Stopped         bool     // by a signal or a debugger, when it was inspected
 	Overrides       []string // the override files applied
 
+	OverlayDir  string            `json:",omitempty"` // where the overlays of its disks are to be made; "" when no file says
+	OverlayDirs map[string]string `json:",omitempty"` // the same for single disks, by device
+
 	Notes []string // what could not be told from outside, for an operator
 
 	question bool // the command only prints something and exits

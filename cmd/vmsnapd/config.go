@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/user"
+	"path/filepath"
 
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
@@ -24,6 +25,7 @@ type config struct {
 	MetricsListen string
 	MetricsConfig string
 	VMsDir        string
+	OverlayDir    string
 	LogLevel      string
 	LogFormat     string
 	ScanOnly      bool
@@ -39,7 +41,7 @@ type config struct {
 func (c *config) settings() map[string]any {
 	return map[string]any{
 		"state-dir": &c.StateDir, "run-dir": &c.RunDir, "socket": &c.Socket, "socket-group": &c.SocketGroup,
-		"metrics-listen": &c.MetricsListen, "metrics-config": &c.MetricsConfig, "vms-dir": &c.VMsDir,
+		"metrics-listen": &c.MetricsListen, "metrics-config": &c.MetricsConfig, "vms-dir": &c.VMsDir, "overlay-dir": &c.OverlayDir,
 		"log-level": &c.LogLevel, "log-format": &c.LogFormat, "scan-only": &c.ScanOnly, "listed-only": &c.ListedOnly,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
 	}
@@ -55,6 +57,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.MetricsListen, "metrics-listen", "127.0.0.1:9777", "`address` to serve /metrics on; empty serves none")
 	f.StringVar(&c.MetricsConfig, "metrics-config", "", "`file` with TLS and basic auth for /metrics (Prometheus exporter-toolkit)")
 	f.StringVar(&c.VMsDir, "vms-dir", "/etc/vmsnap/vms.d", "`directory` of YAML files that name VMs or override what is found")
+	f.StringVar(&c.OverlayDir, "overlay-dir", "", "`directory` in which the overlays of snapshots are made (default: beside the layer that is covered)")
 	f.StringVar(&c.LogLevel, "log-level", "info", "`level`: debug, info, warn or error")
 	f.StringVar(&c.LogFormat, "log-format", "text", "`format`: text or json")
 	f.BoolVar(&c.ScanOnly, "scan-only", false, "find VMs by scanning /proc only, without process events")
@@ -149,6 +152,12 @@ func (c *config) check() error {
 		if path == "" || path[0] != '/' {
 			return c.wrong(name, "%q is not an absolute path", path)
 		}
+	}
+	if c.OverlayDir != "" { // whether it is there shows at each snapshot: it may be mounted late
+		if !filepath.IsAbs(c.OverlayDir) {
+			return c.wrong("overlay-dir", "%q is not an absolute path", c.OverlayDir)
+		}
+		c.OverlayDir = filepath.Clean(c.OverlayDir)
 	}
 	if len(c.Socket) > 107 {
 		return c.wrong("socket", "%q is longer than the 107 bytes that a Unix socket's path may have", c.Socket)

@@ -27,12 +27,12 @@ func loadConfig(t *testing.T, text string, args ...string) (config, error) {
 }
 
 func TestConfigOrder(t *testing.T) {
-	c, err := loadConfig(t, "state-dir: /srv/a\nlog-level: debug\nadmins: [daemon]\nscan-only: true\n",
+	c, err := loadConfig(t, "state-dir: /srv/a\noverlay-dir: /srv/overlays/\nlog-level: debug\nadmins: [daemon]\nscan-only: true\n",
 		"--log-level", "warn", "--admins", "root,adm", "--scan-only=false")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.StateDir != "/srv/a" || c.LogLevel != "warn" || strings.Join(c.Admins, " ") != "root adm" || c.ScanOnly ||
+	if c.StateDir != "/srv/a" || c.OverlayDir != "/srv/overlays" || c.LogLevel != "warn" || strings.Join(c.Admins, " ") != "root adm" || c.ScanOnly ||
 		c.MetricsListen != "127.0.0.1:9777" || c.Socket != "/run/vmsnap/vmsnapd.sock" {
 		t.Errorf("%+v", c)
 	}
@@ -63,6 +63,7 @@ func TestConfigErrorsNameTheSetting(t *testing.T) {
 		"log-level:\n":                                "vmsnapd.yaml:1: log-level: must be a text",
 		"# x\nstate-dir: relative\n":                  "vmsnapd.yaml:2: state-dir: ",
 		"log-level: loud\n":                           "vmsnapd.yaml:1: log-level: ",
+		"overlay-dir: overlays\n":                     "vmsnapd.yaml:1: overlay-dir: ",
 		"log-format: xml\n":                           "vmsnapd.yaml:1: log-format: ",
 		"socket: /" + strings.Repeat("x", 110) + "\n": "vmsnapd.yaml:1: socket: ",
 		"metrics-listen: localhost\n":                 "vmsnapd.yaml:1: metrics-listen: ",

@@ -151,7 +151,7 @@ func serve(ctx context.Context, c config) error {
 	}
 	m := metrics.New(version)
 	a, err := agent.Open(ctx, agent.Config{
-		StateDir: c.StateDir, OverridesDir: c.VMsDir, Freezing: guards, LaunchGuard: []string{guards.Executable[0], "launch-guard"}, ScanOnly: c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
+		StateDir: c.StateDir, OverridesDir: c.VMsDir, OverlayDir: c.OverlayDir, Freezing: guards, LaunchGuard: []string{guards.Executable[0], "launch-guard"}, ScanOnly: c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
 		OnOperation: m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow,
 	})
 	if err != nil {

@@ -183,8 +183,8 @@ func (h *host) noOrphans(vm *still, when string) {
 				known[l.Path] = true
 			}
 		}
-		for _, f := range files(h.t, vm.dir) {
-			if !known[vm.dir+"/"+f] && f != ".vmsnap" {
+		for _, f := range vm.images() {
+			if !known[f] {
 				return fmt.Errorf("%s is left over", f)
 			}
 		}

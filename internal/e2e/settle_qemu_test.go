@@ -218,8 +218,8 @@ func (h *host) accounted(vm *still, when string) {
 	for _, d := range h.disksOf(vm.name) {
 		known[d.LaunchPath] = true
 	}
-	for _, f := range files(h.t, vm.dir) {
-		if !known[vm.dir+"/"+f] && f != ".vmsnap" {
+	for _, f := range vm.images() {
+		if !known[f] {
 			h.t.Errorf("%s: %s is left over", when, f)
 		}
 	}
@@ -231,27 +231,34 @@ func TestQEMUDaemonKilledInAConversion(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		vm := newStill(t, q, "convert-"+q.Name, "root.raw")
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
-		round, killed, early := 0, map[string]int{}, 0
-		for _, call := range effects {
-			for n := 1; ; n++ {
-				round++
-				died, came := h.convertRound(vm, call, n, round)
-				if came {
-					early++
-				}
-				if !died {
-					break
-				}
-				killed[call]++
-			}
-		}
-		t.Logf("killed at %v in %d rounds; %d early starts came up", killed, round, early)
-		for _, call := range []string{"linkat", "renameat", "fsync", "ioctl", "unlinkat"} {
-			if killed[call] == 0 {
-				t.Errorf("the daemon was never killed at %s: the tracer does not see it", call)
-			}
-		}
+		h.killedInConversions(vm, effects, "linkat", "renameat", "fsync", "ioctl", "unlinkat")
 	})
+}
+
+// killedInConversions kills the daemon at each of some system calls, of which
+// those that it must make are given by name.
+func (h *host) killedInConversions(vm *still, calls []string, must ...string) {
+	h.t.Helper()
+	round, killed, early := 0, map[string]int{}, 0
+	for _, call := range calls {
+		for n := 1; ; n++ {
+			round++
+			died, came := h.convertRound(vm, call, n, round)
+			if came {
+				early++
+			}
+			if !died {
+				break
+			}
+			killed[call]++
+		}
+	}
+	h.t.Logf("killed at %v in %d rounds; %d early starts came up", killed, round, early)
+	for _, call := range must {
+		if killed[call] == 0 {
+			h.t.Errorf("the daemon was never killed at %s: the tracer does not see it", call)
+		}
+	}
 }
 
 // convertRound is one conversion under the tracer.

@@ -24,6 +24,9 @@ type still struct {
 	uuid  string
 	dir   string
 	disks []string // device ids
+
+	further []string // directories of its layers beside dir
+
 	args  []string
 	cmd   *exec.Cmd
 	ended chan struct{}
@@ -180,12 +183,26 @@ func (s *still) reads(d snapshotDisk, value int) error {
 	return nil
 }
 
+// images returns the paths of the VM's images.
+func (s *still) images() []string {
+	s.t.Helper()
+	var paths []string
+	for _, dir := range append([]string{s.dir}, s.further...) {
+		for _, f := range files(s.t, dir) {
+			if f != ".vmsnap" {
+				paths = append(paths, dir+"/"+f)
+			}
+		}
+	}
+	return paths
+}
+
 // check verifies all qcow2 files of the VM.
 func (s *still) check(when string) {
 	s.t.Helper()
-	for _, f := range files(s.t, s.dir) {
+	for _, f := range s.images() {
 		if strings.HasSuffix(f, ".qcow2") {
-			if out, err := exec.Command(s.q.Img, "check", "-q", "-U", "-f", "qcow2", s.dir+"/"+f).CombinedOutput(); err != nil {
+			if out, err := exec.Command(s.q.Img, "check", "-q", "-U", "-f", "qcow2", f).CombinedOutput(); err != nil {
 				s.t.Errorf("%s: qemu-img check %s: %v\n%s", when, f, err, out)
 			}
 		}

@@ -24,8 +24,8 @@ import (
 	"github.com/vmsnap/vmsnap/monitor"
 )
 
-// ErrPauseGuard: the process that would resume the VM did not start, has ended
-// or does not answer. A VM must not be paused then.
+// ErrPauseGuard says that the process that would resume the VM did not start,
+// has ended or does not answer. A VM must not be paused then.
 var ErrPauseGuard = errors.New("the pause guard failed")
 
 // GuardConfig is what a pause guard needs to know.
@@ -186,15 +186,15 @@ func newGuardID() string {
 // Arm has the guard resume the VM unless Disarm comes within the limit, or when
 // this process ends or stops before. It costs microseconds and comes before the
 // command that pauses the VM. A VM that its owner has paused must not be
-// guarded: the guard would let it run. It fails with ErrPauseGuard.
+// guarded: the guard would let it run. Where QEMU will pause the VM by itself,
+// at the end of a migration, it comes before that begins; called again it begins
+// a new limit. It fails with ErrPauseGuard.
 func (g *PauseGuard) Arm(limit time.Duration) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	switch {
 	case limit <= 0:
 		return fmt.Errorf("%w: a limit of %s", ErrPauseGuard, limit)
-	case g.beat != nil:
-		return fmt.Errorf("%w: it is armed already", ErrPauseGuard)
 	case isClosed(g.taken):
 		return fmt.Errorf("%w: it has taken over", ErrPauseGuard)
 	case isClosed(g.cfg.Session.Done()):
@@ -202,6 +202,9 @@ func (g *PauseGuard) Arm(limit time.Duration) error {
 	}
 	if err := g.say(wordArm + " " + strconv.FormatInt(int64(limit), 10)); err != nil {
 		return fmt.Errorf("%w: %w", ErrPauseGuard, err)
+	}
+	if g.beat != nil {
+		return nil
 	}
 	stop := make(chan struct{})
 	g.beat = sync.OnceFunc(func() { close(stop) })

@@ -34,19 +34,20 @@ type Config struct {
 
 // Agent is the VMs of this host.
 type Agent struct {
-	cfg       Config
-	log       hclog.Logger
-	catalog   *catalog.Catalog
-	ops       *op.Runner
-	overrides []discover.Override
+	cfg     Config
+	log     hclog.Logger
+	catalog *catalog.Catalog
+	ops     *op.Runner
+	reloads chan reloading
 
 	// recording is held while a VM's coming, going or being forgotten is
 	// recorded, so that the catalog has them in the order in which they
 	// happened. It is taken before mu, and mu before that of a vm.
 	recording sync.Mutex
 
-	mu  sync.RWMutex
-	vms map[string]*vm // by catalog id
+	mu        sync.RWMutex
+	vms       map[string]*vm // by catalog id
+	overrides []discover.Override
 	// stopping is closed when Run begins to wait for the recipes: those that
 	// wait for what may never come leave it to the next agent.
 	stopping chan struct{}
@@ -67,7 +68,7 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	return &Agent{
 		cfg: cfg, log: cfg.Logger, catalog: cat, overrides: overrides,
 		ops: op.NewRunner(cat, cfg.Logger.Named("operation")),
-		vms: map[string]*vm{}, stopping: make(chan struct{}),
+		vms: map[string]*vm{}, reloads: make(chan reloading), stopping: make(chan struct{}),
 	}, nil
 }
 
@@ -95,19 +96,12 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	// Recipes that come to their end when ctx has ended need QEMU for that.
 	sessions, closeSessions := context.WithCancel(context.WithoutCancel(ctx))
 	defer closeSessions()
-	for e := range w.Events() {
-		switch e.Kind {
-		case discover.Started:
-			a.started(sessions, e.Process)
-		case discover.Exited:
-			a.exited(ctx, e.Process)
-		case discover.Listed:
-			a.group.Go(func() {
-				a.recover(ctx)
-				ready()
-			})
-		}
-	}
+	a.followHost(ctx, sessions, w, func() {
+		a.group.Go(func() {
+			a.recover(ctx)
+			ready()
+		})
+	})
 	close(a.stopping)
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
 	defer cancel()

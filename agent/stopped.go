@@ -65,7 +65,7 @@ func (a *Agent) described(rec catalog.VM) discover.Process {
 		a.log.Debug("the launch command of a stopped VM", "vm", rec.Name, "error", err)
 	}
 	p.Args = rec.Command
-	p, _ = discover.Apply(a.overrides, p)
+	p, _ = a.describe(p)
 	return p
 }
 

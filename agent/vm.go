@@ -139,8 +139,8 @@ func (a *Agent) reload(ctx context.Context, v *vm) error {
 
 // started takes a QEMU process in.
 func (a *Agent) started(ctx context.Context, p discover.Process) {
-	p, managed := discover.Apply(a.overrides, p)
-	if !managed || a.cfg.ListedOnly && len(p.Overrides) == 0 {
+	p, managed := a.describe(p)
+	if !managed {
 		a.log.Debug("a QEMU process is left alone", "vm", displayName(p), "pid", p.PID)
 		return
 	}

@@ -5,23 +5,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/signal"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"syscall"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/rpc"
+	"github.com/vmsnap/vmsnap/api/client"
 	"github.com/vmsnap/vmsnap/freeze"
 	"github.com/vmsnap/vmsnap/metrics"
+	"github.com/vmsnap/vmsnap/systemd"
 )
 
 // version is set by the build.
@@ -50,7 +48,9 @@ no configuration. vmsnap is its command line.`,
   vmsnapd --state-dir /srv/vmsnap --metrics-listen 0.0.0.0:9777 --log-format json`,
 		Version: version, Args: cobra.NoArgs, SilenceErrors: true, SilenceUsage: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := c.load(file, cmd.Flags().Changed("config"), cmd.Flags()); err != nil {
+			from := source{flags: cmd.Flags(), given: c, file: file, named: cmd.Flags().Changed("config")}
+			c, err := from.load()
+			if err != nil {
 				return err
 			}
 			if err := c.checkGroups(); err != nil {
@@ -58,7 +58,7 @@ no configuration. vmsnap is its command line.`,
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			return serve(ctx, c)
+			return serve(ctx, from, c)
 		},
 	}
 	root.PersistentFlags().StringVar(&file, "config", defaultConfigFile, "configuration `file`")
@@ -118,15 +118,6 @@ func thawCommand(c *config, file *string) *cobra.Command {
 	}
 }
 
-func logger(c config) hclog.Logger {
-	options := logOptions(c, "vmsnapd")
-	return hclog.New(&options)
-}
-
-func logOptions(c config, name string) hclog.LoggerOptions {
-	return hclog.LoggerOptions{Name: name, Level: hclog.LevelFromString(c.LogLevel), JSONFormat: c.LogFormat == "json", Output: os.Stderr}
-}
-
 func freezing(c config, log hclog.Logger) (freeze.Config, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -138,44 +129,53 @@ func freezing(c config, log hclog.Logger) (freeze.Config, error) {
 	}, nil
 }
 
+// metricsCredential is the name under which the unit hands over a
+// metrics-config with its secrets.
+const metricsCredential = "vmsnap.metrics"
+
+func metricsConfig(c config) (string, error) {
+	if c.MetricsConfig != "" {
+		return c.MetricsConfig, nil
+	}
+	return systemd.Credential(metricsCredential)
+}
+
 // serve runs the agent, the API and the metrics until ctx ends.
-func serve(ctx context.Context, c config) error {
+func serve(ctx context.Context, from source, c config) error {
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
 	log := logger(c)
 	roles, err := rpc.ResolveRoles(uint32(os.Getuid()), c.Viewers, c.Operators, c.Admins)
 	if err != nil {
 		return err
 	}
-	guards, err := freezing(c, log)
-	if err != nil {
-		return err
-	}
 	m := metrics.New(version)
-	a, err := agent.Open(ctx, agent.Config{
-		StateDir: c.StateDir, OverridesDir: c.VMsDir, OverlayDir: c.OverlayDir, Freezing: guards, LaunchGuard: []string{guards.Executable[0], "launch-guard"}, ScanOnly: c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
-		OnOperation: m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow,
-	})
+	a, err := openAgent(ctx, c, m, log)
 	if err != nil {
 		return err
 	}
 	m.Watch(a)
-	listener, err := listen(c)
+	listener, err := openSocket(&c, log)
 	if err != nil {
 		return errors.Join(err, a.Close())
+	}
+	secrets, err := metricsConfig(c)
+	if err != nil {
+		return errors.Join(err, listener.Close(), a.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		return a.Run(ctx, func() {
-			log.Info("ready", "version", version, "socket", c.Socket, "metrics", c.MetricsListen)
-			if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-				log.Warn("systemd was not told", "error", err)
-			}
 			group.Go(func() error {
 				return rpc.Serve(ctx, listener, rpc.NewHandler(a, rpc.Options{Logger: log.Named("rpc"), Roles: roles, Version: version}), log.Named("rpc"))
 			})
+			log.Info("ready", "version", version, "socket", c.Socket, "metrics", c.MetricsListen)
+			group.Go(func() error { return underSystemd(ctx, client.New(c.Socket), log) })
+			group.Go(func() error { (&reloader{from, c, a, log}).run(ctx, hangups); return nil })
 		})
 	})
 	if c.MetricsListen != "" {
-		group.Go(func() error { return m.Serve(ctx, c.MetricsListen, c.MetricsConfig, log.Named("metrics")) })
+		group.Go(func() error { return m.Serve(ctx, c.MetricsListen, secrets, log.Named("metrics")) })
 	}
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
@@ -184,45 +184,31 @@ func serve(ctx context.Context, c config) error {
 	return nil
 }
 
-// listen makes the API's socket. One that an earlier run left behind is
-// replaced: the state directory's lock, which is held by now, says that no
-// other daemon serves it.
-func listen(c config) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(c.Socket), 0o755); err != nil {
-		return nil, fmt.Errorf("API socket: %w", err)
-	}
-	if fi, err := os.Lstat(c.Socket); err == nil {
-		if fi.Mode()&os.ModeSocket == 0 {
-			return nil, fmt.Errorf("API socket: %s exists and is not a socket", c.Socket)
-		}
-		if err := os.Remove(c.Socket); err != nil {
-			return nil, fmt.Errorf("API socket: %w", err)
-		}
-	}
-	mask := syscall.Umask(0o177)
-	l, err := net.Listen("unix", c.Socket)
-	syscall.Umask(mask)
+// openAgent opens the agent that the settings describe.
+func openAgent(ctx context.Context, c config, m *metrics.Metrics, log hclog.Logger) (*agent.Agent, error) {
+	guards, err := freezing(c, log)
 	if err != nil {
-		return nil, fmt.Errorf("API socket: %w", err)
+		return nil, err
 	}
-	if c.SocketGroup == "" {
-		return l, nil
-	}
-	if err := openTo(c.Socket, c.SocketGroup); err != nil {
-		return nil, errors.Join(fmt.Errorf("API socket: %w", err), l.Close())
-	}
-	return l, nil
+	return agent.Open(ctx, agent.Config{
+		StateDir: c.StateDir, OverridesDir: c.VMsDir, OverlayDir: c.OverlayDir,
+		Freezing: guards, LaunchGuard: []string{guards.Executable[0], "launch-guard"},
+		ScanOnly: c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
+		OnOperation: m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow,
+	})
 }
 
-// openTo lets a group connect.
-func openTo(socket, group string) error {
-	g, err := user.LookupGroup(group)
-	if err != nil {
-		return err
+// underSystemd tells systemd that requests are served, that they are served
+// still, and that the daemon stops.
+func underSystemd(ctx context.Context, self *client.Client, log hclog.Logger) error {
+	defer self.Close()
+	if err := systemd.Ready(); err != nil {
+		log.Warn("ready", "error", err)
 	}
-	gid, err := strconv.Atoi(g.Gid)
-	if err != nil {
-		return err
+	err := systemd.Watchdog(ctx, health{self}.check, log)
+	<-ctx.Done()
+	if told := systemd.Stopping(); told != nil {
+		log.Warn("stopping", "error", told)
 	}
-	return errors.Join(os.Chown(socket, -1, gid), os.Chmod(socket, 0o660))
+	return err
 }

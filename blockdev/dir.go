@@ -40,7 +40,8 @@ func (d *Dir) Path(name string) string { return filepath.Join(d.path, name) }
 // Root returns the handle, for files that are not layers.
 func (d *Dir) Root() *os.Root { return d.root }
 
-// FileID says which file a name leads to.
+// FileID says which file a name leads to: one of all that are there at a time. A
+// block device is known by its number, with a Dev of 0, which no file has.
 type FileID struct{ Dev, Ino uint64 }
 
 // Info describes a layer's file.
@@ -50,6 +51,7 @@ type Info struct {
 	Size      int64
 	Allocated uint64 // bytes on the file system
 	Regular   bool
+	Device    bool // a block device
 }
 
 // Stat describes a name without following a link.
@@ -63,6 +65,9 @@ func (d *Dir) Stat(name string) (Info, error) {
 
 func infoOf(fi fs.FileInfo) Info {
 	st := fi.Sys().(*syscall.Stat_t)
+	if st.Mode&syscall.S_IFMT == syscall.S_IFBLK {
+		return Info{FileID: FileID{0, st.Rdev}, Links: st.Nlink, Device: true}
+	}
 	return Info{
 		FileID: FileID{st.Dev, st.Ino}, Links: st.Nlink, Size: st.Size,
 		Allocated: uint64(st.Blocks) * 512, Regular: fi.Mode().IsRegular(),

@@ -47,6 +47,14 @@ func Convert(ctx context.Context, from, fromFormat, to, toFormat string, progres
 	return runImg(ctx, progress, "convert", "-p", "-U", "-f", fromFormat, "-O", toFormat, from, to)
 }
 
+// Rebase makes a qcow2 name another file as its backing, in the format of that
+// one. Only the header changes: the content of the two backings must be the same.
+// The image's locks may be held by the caller, who keeps writers away.
+func Rebase(ctx context.Context, path, backing, backingFormat string) error {
+	return runImg(ctx, nil, "rebase", "-q", "-u", "-b", backing, "-F", backingFormat, "--image-opts",
+		"driver=qcow2,file.driver=file,file.locking=off,file.filename="+strings.ReplaceAll(path, ",", ",,"))
+}
+
 // Check verifies a qcow2 image's own structures.
 func Check(ctx context.Context, path string) error {
 	return runImg(ctx, nil, "check", "-q", "-U", "-f", "qcow2", path)

@@ -7,16 +7,16 @@ import (
 	"github.com/vmsnap/vmsnap/agent/fault"
 )
 
-const layerColumns = "id, disk, parent, path, format, virtual_size, dev, ino, is_foreign, immutable, covered, operation, created"
+const layerColumns = "id, disk, parent, path, format, virtual_size, dev, ino, is_foreign, immutable, covered, operation, created, device"
 
 // selectLayer selects layerColumns, "" for no parent.
 const selectLayer = `SELECT l.id, l.disk, ifnull(l.parent, ''), l.path, l.format, l.virtual_size, l.dev, l.ino,
-	l.is_foreign, l.immutable, l.covered, l.operation, l.created FROM layers l`
+	l.is_foreign, l.immutable, l.covered, l.operation, l.created, l.device FROM layers l`
 
 func scanLayer(row scanner) (Layer, error) {
 	var l Layer
 	err := row.Scan(&l.ID, &l.DiskID, &l.Parent, &l.Path, &l.Format, bitsColumn{&l.VirtualSize}, bitsColumn{&l.Dev},
-		bitsColumn{&l.Ino}, &l.Foreign, &l.Immutable, &l.Covered, &l.Operation, timeColumn{&l.Created})
+		bitsColumn{&l.Ino}, &l.Foreign, &l.Immutable, &l.Covered, &l.Operation, timeColumn{&l.Created}, &l.Device)
 	return l, err
 }
 
@@ -40,13 +40,13 @@ func (tx *Tx) PutLayer(ctx context.Context, l Layer) error {
 		return notFound("layer %s: no disk with the id %q", l.ID, l.DiskID)
 	}
 	_, err = tx.exec(ctx, `
-		INSERT INTO layers (`+layerColumns+`) VALUES (?, ?, nullif(?, ''), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+		INSERT INTO layers (`+layerColumns+`) VALUES (?, ?, nullif(?, ''), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 		ON CONFLICT (id) DO UPDATE SET disk = excluded.disk, parent = excluded.parent, path = excluded.path,
 			format = excluded.format, virtual_size = excluded.virtual_size, dev = excluded.dev, ino = excluded.ino,
 			is_foreign = excluded.is_foreign, immutable = excluded.immutable, covered = excluded.covered,
-			operation = excluded.operation, created = excluded.created`,
+			operation = excluded.operation, created = excluded.created, device = excluded.device`,
 		l.ID, l.DiskID, l.Parent, l.Path, l.Format, int64(l.VirtualSize), int64(l.Dev), int64(l.Ino),
-		l.Foreign, l.Immutable, l.Covered, l.Operation, nanos(l.Created))
+		l.Foreign, l.Immutable, l.Covered, l.Operation, nanos(l.Created), l.Device)
 	return err
 }
 

@@ -43,9 +43,10 @@ type Layer struct {
 	Path        string // permanent name; for a layer never covered so far, the launch path
 	Format      string // "qcow2" or "raw"
 	VirtualSize uint64 // bytes
-	Dev, Ino    uint64 // which file it is
+	Dev, Ino    uint64 // which file it is; 0 and 0 for a block device
+	Device      string // what a block device is known by, also after a restart of the host; empty for a file
 	Foreign     bool   // below the first active layer that the agent saw: never written
-	Immutable   bool   // the immutable flag was set by the agent
+	Immutable   bool   // the immutable flag was set by the agent; for a block device the read-only flag
 	Covered     bool   // another layer lies on it: nothing may write to it
 	Operation   string // the operation that made it; empty when found
 	Created     time.Time

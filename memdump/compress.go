@@ -71,8 +71,7 @@ func compressTo(ctx context.Context, out, plain *os.File, r *record, progress fu
 	if err := out.Chmod(0o600); err != nil {
 		return err
 	}
-	dst := &sink{ctx: ctx, file: out, digest: newDigest(), at: HeaderSize}
-	dst.writeback = writeback{file: out, started: HeaderSize, settled: HeaderSize}
+	dst := &sink{ctx: ctx, file: out, digest: newDigest(), at: HeaderSize, writeback: writeback{file: out}}
 	buf := bufio.NewWriterSize(dst, piece)
 	enc, err := zstd.NewWriter(buf, zstd.WithEncoderLevel(zstd.SpeedFastest),
 		zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(zstdWindow), zstd.WithLowerEncoderMem(true))
@@ -107,7 +106,7 @@ type sink struct {
 
 func (s *sink) Write(p []byte) (int, error) {
 	n, err := s.file.WriteAt(p, s.at)
-	s.digest.Write(p[:n])
+	s.digest.add(p[:n])
 	s.at += int64(n)
 	if err != nil {
 		return n, err

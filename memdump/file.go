@@ -179,6 +179,7 @@ func (f *File) finish(ctx context.Context) (Sum, error) {
 	if err := unix.Fdatasync(int(f.file.Fd())); err != nil {
 		return Sum{}, fmt.Errorf("sync: %w", err)
 	}
+	drop(f.file, 0, 0)
 	length, check := uint64(f.follower.digested()-HeaderSize), f.follower.digest.String()
 	sum := Sum{Length: length, Checksum: check, Stored: length, StoredChecksum: check}
 	r := f.record

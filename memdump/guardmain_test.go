@@ -21,7 +21,7 @@ import (
 	"github.com/vmsnap/vmsnap/monitor"
 )
 
-// The test binary also plays the guard process, and an agent that can be killed.
+// The test binary also plays the guard process, and agents that can be killed.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
@@ -34,6 +34,8 @@ func TestMain(m *testing.M) {
 		case "pausing-agent":
 			pausingAgent()
 			os.Exit(0)
+		case "compress-and-hang":
+			compressAndHang()
 		}
 	}
 	// The race detector would delay the end of each of those by a second.

@@ -112,7 +112,7 @@ func (s *source) Read(p []byte) (int, error) {
 		s.err = err
 		return 0, err
 	}
-	s.digest.Write(p[:n])
+	s.digest.add(p[:n])
 	if before := s.at - s.at%window; before != (s.at+int64(n))-(s.at+int64(n))%window {
 		drop(s.file, before, window)
 	}

@@ -10,11 +10,13 @@ import (
 
 const (
 	// window is what is written back at a time: long enough for the disk,
-	// short enough to begin early.
-	window = 8 << 20
+	// short enough to begin early. Windows begin at multiples of it and are as
+	// long as the largest folio of the page cache, which is dropped as a whole
+	// or not at all.
+	window = 2 << 20
 	// inFlight is how much may be on its way to the disk before the oldest
 	// window is waited for and dropped: enough for the disk's queue.
-	inFlight = 8 * window
+	inFlight = 16 * window
 )
 
 // writeback brings a file that grows at its end to the disk while it grows, and

@@ -37,6 +37,7 @@ type Catalog struct {
 	write *sql.DB
 	read  *sql.DB
 	turn  chan struct{} // holds a token while somebody writes
+	added bell          // rung when events were added
 	now   func() time.Time
 }
 
@@ -138,7 +139,8 @@ func (c *Catalog) Close() error {
 // for the duration of the function that got it.
 type Tx struct {
 	reader
-	tx *sql.Tx
+	tx   *sql.Tx
+	told bool // events were added
 }
 
 // Update calls f with a transaction and commits it when f returns nil. f must
@@ -157,10 +159,15 @@ func (c *Catalog) Update(ctx context.Context, f func(tx *Tx) error) error {
 		return storeError(c.path, err)
 	}
 	defer func() { _ = tx.Rollback() }() // after a commit it does nothing
-	if err := f(&Tx{reader: reader{q: tx, path: c.path, now: c.now}, tx: tx}); err != nil {
+	t := &Tx{reader: reader{q: tx, path: c.path, now: c.now}, tx: tx}
+	if err := f(t); err != nil {
 		return storeError(c.path, err)
 	}
-	return storeError(c.path, tx.Commit())
+	err = tx.Commit()
+	if err == nil && t.told {
+		c.added.ring()
+	}
+	return storeError(c.path, err)
 }
 
 // exec runs a statement and returns how many rows it changed.

@@ -60,7 +60,10 @@ func (tx *Tx) createOperation(ctx context.Context, rec op.Record) error {
 	}
 	_, err = tx.exec(ctx, `INSERT INTO operations (`+operationColumns+`)
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, values...)
-	if err != nil || rec.RequestID == "" {
+	if err != nil {
+		return err
+	}
+	if err := tx.tellBegun(ctx, rec); err != nil || rec.RequestID == "" {
 		return err
 	}
 	now := tx.now()
@@ -75,8 +78,8 @@ func (tx *Tx) createOperation(ctx context.Context, rec op.Record) error {
 	return err
 }
 
-// UpdateOperation replaces the record of an operation, and drops its journal
-// when the record is final. Its request id stays what it was. It returns
+// UpdateOperation replaces the record of an operation, records its new warnings
+// and its end as events, and drops its journal when the record is final. Its request id stays what it was. It returns
 // fault.NotFound when there is no such operation.
 func (c *Catalog) UpdateOperation(ctx context.Context, rec op.Record) error {
 	return c.Update(ctx, func(tx *Tx) error { return tx.updateOperation(ctx, rec) })
@@ -87,7 +90,21 @@ func (tx *Tx) updateOperation(ctx context.Context, rec op.Record) error {
 	if err != nil {
 		return err
 	}
-	n, err := tx.exec(ctx, `
+	type known struct {
+		warnings int
+		ended    bool
+	}
+	before, there, err := queryOne(ctx, tx.reader, func(row scanner) (k known, err error) {
+		err = row.Scan(&k.warnings, &k.ended)
+		return k, err
+	}, "SELECT ifnull(json_array_length(warnings), 0), ended <> 0 FROM operations WHERE id = ?", rec.ID)
+	if err != nil {
+		return err
+	}
+	if !there {
+		return noOperation(rec.ID)
+	}
+	_, err = tx.exec(ctx, `
 		UPDATE operations SET kind = ?2, vm = ?3, vm_name = ?4, state = ?5, request = ?6, request_id = ?7, uid = ?8,
 			steps = ?9, progress = ?10, warnings = ?11, failure = ?12, partial = ?13, snapshot = ?14,
 			created = ?15, started = ?16, ended = ?17, revision = ?18
@@ -95,8 +112,8 @@ func (tx *Tx) updateOperation(ctx context.Context, rec op.Record) error {
 	if err != nil {
 		return err
 	}
-	if n == 0 {
-		return noOperation(rec.ID)
+	if err := tx.tellChanges(ctx, rec, before.warnings, before.ended); err != nil {
+		return err
 	}
 	if rec.State.Final() {
 		_, err = tx.exec(ctx, "DELETE FROM journal WHERE operation = ?", rec.ID)

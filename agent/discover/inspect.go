@@ -79,6 +79,9 @@ func (p *Process) readSurroundings() error {
 		return err
 	}
 	p.resolvePaths()
+	if p.Root != "" && !p.chroot && p.sharesTree() {
+		p.Root = ""
+	}
 	return nil
 }
 

@@ -167,6 +167,27 @@ func TestQEMUOtherMountNamespace(t *testing.T) {
 	})
 }
 
+// A namespace that hides nothing of the VM is as good as none: services have one
+// for other reasons, and so has vmsnapd.
+func TestQEMUNamespaceOfTheSameTree(t *testing.T) {
+	forEachQEMU(t, func(t *testing.T, q qemu) {
+		dir := t.TempDir()
+		hidden := filepath.Join(t.TempDir(), "hidden")
+		if err := os.Mkdir(hidden, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		w := watch(t, Options{})
+		script := `mount -t tmpfs none "$1" && shift && exec "$@"`
+		args := append([]string{"-m", "--propagation", "private", "sh", "-ec", script, "sh", hidden, q.Binary},
+			slices.Concat(q.Args, bareArgs("beside", dir+"/qmp"))...)
+		p := w.started(start(t, "unshare", args...).Process.Pid)
+		if p.Root != "" {
+			t.Errorf("root %q", p.Root)
+		}
+		greet(t, p, p.QMP[0])
+	})
+}
+
 func TestQEMUAbstractSockets(t *testing.T) {
 	forEachQEMU(t, func(t *testing.T, q qemu) {
 		w := watch(t, Options{})

@@ -339,6 +339,8 @@ func TestQEMUPauseInAPrecopySave(t *testing.T) {
 	eachGuardedQEMU(t, func(t *testing.T, m *guardedQEMU) {
 		for name, test := range tests {
 			t.Run(strings.ReplaceAll(name, " ", "-"), func(t *testing.T) {
+				defer func(outer *testing.T) { m.t = outer }(m.t)
+				m.t = t
 				a := startPausingAgent(t, m.vm)
 				a.do("arm 1m", test.parameters)
 				if test.before != "" {

@@ -27,6 +27,7 @@ type scriptedVM struct {
 	migration  monitor.MigrationStatus
 	background bool
 	cancels    int
+	lost       string        // the command whose next answer is lost
 	ran        chan struct{} // closed when the VM runs, replaced when it pauses
 }
 
@@ -47,6 +48,7 @@ func newScriptedVM(t *testing.T, opts ...monitortest.Option) *scriptedVM {
 		t.Fatal(err)
 	}
 	v.vm = guardedVM{Socket: v.Path(), PID: qemu.Process.Pid, StartTime: start, Resumed: filepath.Join(t.TempDir(), "resumed")}
+	v.answer("query-version", func() any { return monitortest.QEMU100 })
 	v.answer("stop", func() any { v.set(monitor.RunStatePaused); return nil })
 	v.answer("cont", func() any { v.set(monitor.RunStateRunning); return nil })
 	v.answer("query-status", func() any {
@@ -71,7 +73,12 @@ func (v *scriptedVM) answer(command string, f func() any) {
 	v.Handle(command, func(monitortest.Request) monitortest.Reply {
 		v.mu.Lock()
 		defer v.mu.Unlock()
-		return monitortest.Return(f())
+		result := f()
+		if v.lost == command {
+			v.lost = ""
+			return monitortest.Silence()
+		}
+		return monitortest.Return(result)
 	})
 }
 
@@ -285,44 +292,51 @@ func TestGuardLetsAnEndedSessionGo(t *testing.T) {
 // The agent wakes up, or was not quite stopped, and reads away what QEMU
 // answers the guard.
 func TestGuardWhoseRepliesAreStolen(t *testing.T) {
-	v := newScriptedVM(t)
-	s := v.dialed(t)
-	g := &PauseGuard{cfg: v.vm.config(s), ended: make(chan struct{})}
-	if err := g.launch(); err != nil {
-		t.Fatal(err)
-	}
-	if err := g.greet(guardContext(t)); err != nil {
-		t.Fatal(err)
-	}
-	thief, err := s.File()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = thief.Close() })
-	stolen := make(chan struct{})
-	go func() { // beside the session, which reads as well
-		defer close(stolen)
-		for b := make([]byte, 4096); ; {
-			n, err := unix.Read(int(thief.Fd()), b)
-			if n == 0 || err != nil && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
-				return
+	for _, stolen := range []string{"query-version", "query-status", "cont", "query-migrate"} {
+		t.Run(stolen, func(t *testing.T) {
+			t.Parallel()
+			v := newScriptedVM(t)
+			s := v.dialed(t)
+			v.loseFirst(stolen)
+			g := &PauseGuard{cfg: v.vm.config(s), ended: make(chan struct{})}
+			if err := g.launch(); err != nil {
+				t.Fatal(err)
 			}
-		}
-	}()
-	v.put(monitor.RunStatePaused, "", false)
-	ran := v.resumes()
-	// No beat follows, and nobody yields.
-	if err := g.say(wordArm + " 60000000000"); err != nil {
-		t.Fatal(err)
+			if err := g.greet(guardContext(t)); err != nil {
+				t.Fatal(err)
+			}
+			v.put(monitor.RunStatePaused, "", false)
+			ran := v.resumes()
+			file, err := s.File()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = file.Close() }()
+			s.HandOver() // would read replies away, too
+			// No beat follows, and nobody yields.
+			if err := g.say(wordArm + " 60000000000"); err != nil {
+				t.Fatal(err)
+			}
+			v.wantResumed(t, ran)
+			v.AwaitClient(2)
+			if n, err := unix.Read(int(file.Fd()), make([]byte, 1)); n != 0 || err != nil {
+				t.Errorf("the connection is not shut down: %d, %v", n, err)
+			}
+			if err := errors.Join(g.cmd.Wait(), g.pipe.Close()); err != nil {
+				t.Error(err)
+			}
+			if v.state() != monitor.RunStateRunning {
+				t.Errorf("the VM is %s", v.state())
+			}
+		})
 	}
-	v.wantResumed(t, ran)
-	<-stolen // the connection is shut down
-	if err := errors.Join(g.cmd.Wait(), g.pipe.Close()); err != nil {
-		t.Error(err)
-	}
-	if v.state() != monitor.RunStateRunning {
-		t.Errorf("the VM is %s", v.state())
-	}
+}
+
+// loseFirst loses the first answer to a command, which is carried out.
+func (v *scriptedVM) loseFirst(command string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.lost = command
 }
 
 // Half a reply was read when the agent died, and events came since.
@@ -386,6 +400,25 @@ func TestGuardKilled(t *testing.T) {
 	}
 }
 
+// awaitHeard returns when the guard has read what it was told.
+func awaitHeard(t *testing.T, g *PauseGuard) {
+	t.Helper()
+	raw, err := g.pipe.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for unread := 1; unread > 0; {
+		err := raw.Control(func(fd uintptr) {
+			if unread, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err != nil {
+				t.Error(err)
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // A guard that was stopped itself learns first what it missed.
 func TestGuardStopped(t *testing.T) {
 	tests := map[string]time.Duration{
@@ -398,6 +431,7 @@ func TestGuardStopped(t *testing.T) {
 			v := newScriptedVM(t)
 			s, g := v.guarded(t)
 			v.pause(t, s, g)
+			awaitHeard(t, g)
 			halt(t, g.cmd.Process.Pid)
 			wake := time.AfterFunc(long, func() { _ = g.cmd.Process.Signal(unix.SIGCONT) })
 			defer wake.Stop()

@@ -10,6 +10,10 @@
 // connection is accepted by the kernel and no greeting comes, which looks the
 // same as a QEMU that is stopped or hung: both are [ErrBusy].
 //
+// A connection can outlive its session: another process that was given a
+// duplicate of it ([Session.File]) makes a session of its own from it ([Adopt])
+// when the first one has died, or has let go of it ([Session.HandOver]).
+//
 // # Errors
 //
 // Every error of a command is a [*CommandError], which is QEMU's own refusal,

@@ -1,0 +1,52 @@
+package memdump
+
+import "time"
+
+// Deadlines on what crosses a process boundary while memory is saved. Single
+// commands have those of package monitor, unless they say otherwise here.
+const (
+	// backgroundPause bounds the pause of a background save, which takes tens
+	// of milliseconds. The longest part by far is what stop waits for: the
+	// guest's requests in flight, and a flush of each image.
+	backgroundPause = 10 * time.Second
+	// precopyPause bounds the last pass, of a length that QEMU was told, with
+	// the cut in its middle and the devices' state at its end.
+	precopyPause = 30 * time.Second
+	// stoppedPause and stoppedRate bound a whole save with the guest paused: a
+	// slower target than that, in bytes per second, is taken for a hung one.
+	stoppedPause = time.Minute
+	stoppedRate  = 20 << 20
+	// guardGrace is what the guard leaves this process to end a pause by itself
+	// after its own deadline, before it acts.
+	guardGrace = 3 * time.Second
+	// beforePause is the guard's limit while precopy has not paused the guest
+	// yet, which may take any time: only this process's death counts.
+	beforePause = 30 * 24 * time.Hour
+	// resumeWithin bounds the attempts to end a pause that went wrong; after it
+	// the guard goes on alone.
+	resumeWithin = 30 * time.Second
+	// queryWithin bounds a query about a save that the guest does not wait for:
+	// writing images can hold QEMU's main loop up for long on a loaded host.
+	queryWithin = time.Minute
+	// cancelWithin bounds the end of a cancelled save: QEMU finishes the write
+	// that it is in.
+	cancelWithin = time.Minute
+	// measureWithin bounds the measuring of the dirty rate, which takes as long
+	// as it was asked to, and less than a second more.
+	measureWithin = 5 * time.Second
+)
+
+// Between two looks at a save. QEMU reports changes of its state as events,
+// and nothing else.
+const (
+	progressEvery = 250 * time.Millisecond
+	// trackingPoll follows trackingSpins queries without any wait: usually
+	// writes are tracked by then, and each query delays the VM's own thread.
+	trackingSpins = 50
+	trackingPoll  = 200 * time.Microsecond
+	// measureTime is how long the dirty rate is measured for, where that may be
+	// less than a second: long beside the reading of the samples.
+	measureTime = 300 * time.Millisecond
+	// measurePoll is short beside what is measured.
+	measurePoll = 20 * time.Millisecond
+)

@@ -13,8 +13,7 @@
 // journal. Deliver reads events from the catalog in their order, keeps the
 // number of the last one that was passed on there, and so delivers each at
 // least once, over restarts too. What a sink refuses for good is left out; what
-// it cannot take now is tried again until it does or the event has left the
-// history.
+// it cannot take now is tried again until it does, and what comes after it waits.
 //
 // # Concurrency
 //

@@ -29,6 +29,9 @@ type server struct {
 
 	agentMu sync.Mutex
 	agent   *agent // nil when it was never started
+
+	counter counter
+	dirtier dirtier
 }
 
 // serve brings the guest up and serves the host. It returns only with an error.
@@ -121,6 +124,12 @@ func (s *server) handle(req wire.Request) wire.Reply {
 		err = s.stopWriters()
 	case wire.OpScan:
 		reply.Sequence, err = scan(req.Path)
+	case wire.OpStartCounter:
+		err = s.counter.start(s.params.mounts)
+	case wire.OpCount:
+		reply.Sequence, err = s.counter.read()
+	case wire.OpDirty:
+		err = s.dirtier.set(req.Size, req.Rate)
 	case wire.OpStartAgent:
 		err = s.startAgent()
 	case wire.OpPowerOff:

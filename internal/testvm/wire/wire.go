@@ -51,6 +51,10 @@ const (
 	OpScan         Op = "scan"          // answer the last sequence number on the file system labelled Path
 	OpStartAgent   Op = "start-agent"   // start qemu-ga anew
 	OpPowerOff     Op = "power-off"     // unmount and power off
+
+	OpStartCounter Op = "start-counter" // count in memory and on each mounted file system, and compare them
+	OpCount        Op = "count"         // answer the counter, or what was wrong with it
+	OpDirty        Op = "dirty"         // change Rate bytes per second of Size bytes of memory from now on
 )
 
 // Request is a message of the host to the guest.
@@ -60,6 +64,8 @@ type Request struct {
 	Command string `json:"command,omitempty"`
 	Path    string `json:"path,omitempty"`
 	Data    []byte `json:"data,omitempty"`
+	Rate    int64  `json:"rate,omitempty"`
+	Size    int64  `json:"size,omitempty"`
 }
 
 // Reply answers the request with the same id. Err is set if the request could

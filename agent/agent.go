@@ -23,6 +23,9 @@ type Config struct {
 	OverlayDir   string        // where overlays are made unless an override says otherwise; empty: beside the layer
 	Freezing     freeze.Config // how the guards of freezes are started
 	LaunchGuard  []string      // command that runs GuardLaunchPaths
+	PauseGuard   []string      // command that runs memdump.RunGuard
+	MemoryDir    string        // where memory is saved; beside the first disk's layers when empty
+	KeepPages    bool          // do not put a guest's huge pages back after a save
 	ScanOnly     bool          // find VMs without process events
 	ListedOnly   bool          // manage only VMs that a file in OverridesDir names
 	Logger       hclog.Logger
@@ -30,6 +33,8 @@ type Config struct {
 	OnOperation func(op.Record)
 	// OnFreezeWindow, when not nil, is called with every freeze window.
 	OnFreezeWindow func(time.Duration)
+	// OnPause, when not nil, is called with every pause of a guest's CPUs.
+	OnPause func(time.Duration)
 }
 
 // Agent is the VMs of this host.

@@ -119,6 +119,9 @@ func (c *cut) commit(ctx context.Context) error {
 		Labels: c.req.Labels, Created: c.cutAt, Consistency: c.consistency(), Quiesce: c.quiesce,
 		Warnings: c.warnings, Operation: c.o.ID(), Config: c.config, Partial: c.partial,
 	}
+	if c.memory != nil {
+		s.Memory = c.memory.saved
+	}
 	unfit := c.req.Quiesce == QuiesceRequire && s.Consistency == catalog.Crash
 	layers, disks, err := c.entries(ctx, &s)
 	if err != nil {
@@ -173,6 +176,8 @@ func (c *cut) enter(ctx context.Context, s *catalog.Snapshot, layers []catalog.L
 // consistency is the label that the snapshot has earned.
 func (c *cut) consistency() catalog.Consistency {
 	switch {
+	case c.memory != nil:
+		return catalog.Memory
 	case c.offline:
 		return catalog.Offline
 	case c.quiesce.Reason == "" && c.quiesce.Frozen > 0:

@@ -229,6 +229,30 @@ func (c *cutDisk) coverLaunch() error {
 	return c.baseDir.SyncFile(c.Base)
 }
 
+// expose lets the base be written to again, so that the overlay can be merged
+// into it.
+func (c *cutDisk) expose() error {
+	err := c.baseDir.SetImmutable(c.Base, false)
+	if errors.Is(err, blockdev.ErrNoImmutable) {
+		fi, err := c.baseDir.Root().Lstat(c.Base)
+		if err != nil {
+			return err
+		}
+		return c.baseDir.Root().Chmod(c.Base, fi.Mode().Perm()|0o200)
+	}
+	return err
+}
+
+// uncover makes the launch path lead to the base again, for good.
+func (c *cutDisk) uncover() error {
+	return errors.Join(c.dir.PointAt(c.Launch, c.baseDir, c.Base), c.dir.Sync())
+}
+
+// removeOverlay removes the overlay's file, which nothing depends on any more.
+func (c *cutDisk) removeOverlay() error {
+	return errors.Join(c.overlayDir.Remove(c.Overlay), c.overlayDir.Sync())
+}
+
 // reopened reports whether QEMU calls the base by its permanent name.
 func (c *cutDisk) reopened() bool {
 	return !c.NewName && filepath.Base(c.base.Filename) == c.Base

@@ -33,6 +33,9 @@ const (
 	warnManifest           = "manifest-not-written"
 	warnBackingNotReopened = "backing-not-reopened"
 	warnAdopted            = "adopted"
+	warnNotRestorable      = "memory-not-restorable"
+	warnPauseExceeded      = "pause-exceeded"
+	warnLayersKept         = "layers-kept"
 )
 
 // overlayReserve is what must be free where an overlay is made: its metadata
@@ -47,6 +50,7 @@ type preflight struct {
 	disks  []*cutDisk // those to be cut
 	cannot string     // why the guest cannot be frozen; empty when it can, or need not
 	unfit  []*cutDisk // disks that dropped out
+	memory *memory    // nil when memory is not saved
 
 	excluded []catalog.SnapshotDisk
 	partial  bool // a disk that was asked for dropped out
@@ -88,6 +92,7 @@ func (a *Agent) PlanSnapshot(ctx context.Context, req SnapshotRequest) (Plan, er
 	if register {
 		defer v.changing.RUnlock()
 	}
+	req.predict = true
 	p, err := a.preflight(ctx, v, req, register)
 	if err != nil {
 		return Plan{}, err
@@ -192,6 +197,9 @@ func (a *Agent) preflight(ctx context.Context, v *vm, req SnapshotRequest, regis
 		err = a.preflightLive(ctx, v, req, p, register)
 	} else {
 		err = a.preflightStopped(v, req, p)
+		if req.Memory {
+			p.refuse(fault.New(fault.Unsupported, "VM %s is stopped: there is no memory to save", v.name()).WithHint("leave out --memory"))
+		}
 	}
 	if err != nil {
 		p.close()
@@ -244,7 +252,10 @@ func (a *Agent) preflightLive(ctx context.Context, v *vm, req SnapshotRequest, p
 	if len(disks) > 0 {
 		p.firmware(p.run)
 	}
-	return a.preflightGuest(ctx, v, s, req, p)
+	if err := a.preflightGuest(ctx, v, s, req, p); err != nil || !req.Memory {
+		return err
+	}
+	return a.preflightMemory(ctx, v, s, req, p)
 }
 
 // notMigrating refuses a VM whose disks are, or are about to be, another

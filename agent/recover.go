@@ -114,7 +114,7 @@ func (a *Agent) giveUpRecovery() {
 
 // recoverOne brings one unfinished operation to its end.
 func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) error {
-	interrupted := fault.New(fault.Failed, "vmsnapd ended while the operation ran; it was taken back")
+	interrupted := errInterrupted()
 	if v == nil || rec.Kind == op.KindFreeze {
 		return interrupted // the lease has been dealt with already
 	}
@@ -137,12 +137,15 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	if err != nil {
 		return err
 	}
-	defer c.closeDirs()
+	o.Cleanup(c.closeDirs)
 	if len(c.disks) == 0 {
 		return interrupted
 	}
 	if err := c.findProcess(ctx, last); err != nil {
 		return err
+	}
+	if c.memory != nil {
+		return c.recoverMemory(ctx, last, sent)
 	}
 	if !sent {
 		return errors.Join(o.Step(ctx, "take back", c.takeBack), interrupted)
@@ -154,6 +157,10 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	}
 	c.warn(warnAdopted, "", "vmsnapd ended after the cut; the snapshot was completed when it came back")
 	return c.finish(ctx)
+}
+
+func errInterrupted() error {
+	return fault.New(fault.Failed, "vmsnapd ended while the operation ran; it was taken back")
 }
 
 // committed returns the id of the snapshot that an operation has entered into
@@ -198,7 +205,7 @@ func (c *cut) load(rec op.Record, entries []op.Entry) (p prepared, sent bool, er
 			return p, false, c.failure(d, err)
 		}
 	}
-	return p, sent, nil
+	return p, sent, c.loadMemory(entries)
 }
 
 func (c *cut) closeDirs() {

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -37,6 +36,7 @@ type run struct {
 	presence Presence
 	disks    []liveDisk
 	how      string // how it ended, as far as QEMU told
+	saving   bool   // an operation of ours saves its memory
 }
 
 func newRun(p discover.Process) *run {
@@ -248,6 +248,17 @@ func (a *Agent) makeUp(ctx context.Context, v *vm, r *run, s *monitor.Session) {
 	}
 }
 
+// setSaving tells that the migration that is seen is a save of ours, which is not
+// how the VM ends.
+func (r *run) setSaving(saving bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.saving = saving
+	if !saving && r.how == endedByMigration {
+		r.how = ""
+	}
+}
+
 // inPassing reports whether the run state is one that ends by itself.
 func (r *run) inPassing() bool {
 	r.mu.Lock()
@@ -279,7 +290,7 @@ func (r *run) event(e monitor.Event) {
 	case "RESET":
 		r.how = "" // a shutdown that -no-shutdown survived does not count any more
 	case "MIGRATION":
-		if data.Status == "completed" {
+		if data.Status == "completed" && !r.saving {
 			r.how = endedByMigration
 		}
 	case "RESUME":
@@ -406,24 +417,4 @@ func (v *vm) monitorOf(r *run) (*monitor.Session, error) {
 		kind = fault.Unsupported
 	}
 	return nil, fault.New(kind, "VM %s: %s", name, r.problem.Message).WithHint("%s", r.problem.Hint)
-}
-
-// configuration is what a snapshot keeps of a VM besides its disks.
-type configuration struct {
-	Command     []string `json:"command"`
-	QEMUVersion string   `json:"qemu_version"`
-	Machine     string   `json:"machine,omitempty"`
-	CPU         string   `json:"cpu,omitempty"`
-	MemoryBytes uint64   `json:"memory_bytes,omitempty"`
-	Unit        string   `json:"unit,omitempty"`
-	UUID        string   `json:"uuid,omitempty"`
-}
-
-func (r *run) configuration() (json.RawMessage, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return json.Marshal(configuration{
-		Command: r.proc.Args, QEMUVersion: r.version, Machine: r.proc.Machine, CPU: r.proc.CPU,
-		MemoryBytes: r.proc.MemoryBytes, Unit: r.proc.Cgroup.Unit, UUID: r.proc.UUID,
-	})
 }

@@ -28,10 +28,10 @@ func (a *Agent) CreateSnapshot(ctx context.Context, req SnapshotRequest) (op.Rec
 	spec := op.Spec{Kind: op.KindSnapshot, VMID: v.id, VMName: v.name(), Request: req, RequestID: req.RequestID, UID: req.UID}
 	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
 		v.changing.Lock()
-		defer func() {
+		o.Cleanup(func() {
 			v.changing.Unlock()
 			a.lookAgain(context.WithoutCancel(ctx), v)
-		}()
+		})
 		return a.snapshot(ctx, o, v, req)
 	})
 }
@@ -53,12 +53,12 @@ func (a *Agent) snapshot(ctx context.Context, o *op.Op, v *vm, req SnapshotReque
 		return p.blocker(req.Strict)
 	})
 	if p != nil {
-		defer p.close()
+		o.Cleanup(p.close)
 	}
 	if err != nil {
 		return err
 	}
-	c.run, c.disks, c.excluded, c.partial = p.run, p.disks, p.excluded, p.partial
+	c.run, c.disks, c.excluded, c.partial, c.memory = p.run, p.disks, p.excluded, p.partial, p.memory
 	if !p.live {
 		return c.takeStopped(ctx, p.plan.Consistency == catalog.Offline)
 	}
@@ -73,7 +73,8 @@ type cut struct {
 	run      *run // nil for a stopped VM
 	session  *monitor.Session
 	req      SnapshotRequest
-	config   json.RawMessage
+	captured configuration   // of a VM that runs
+	config   json.RawMessage // the same, or of a stopped VM what is known
 	disks    []*cutDisk
 	excluded []catalog.SnapshotDisk
 	warnings []op.Warning
@@ -82,6 +83,9 @@ type cut struct {
 	quiesce  catalog.Quiesce
 	guard    *freeze.Guard // nil when nothing is frozen
 	launch   *launchGuard  // from before the transaction until the launch paths are right
+	memory   *memory       // nil when memory is not saved
+	done     bool          // the transaction took place
+	settled  bool          // for good
 	frozen   freeze.Frozen
 	cutAt    time.Time
 }
@@ -107,22 +111,42 @@ func (c *cut) failure(d *cutDisk, err error) error {
 // overlays may hold what the guest writes: they are reverted only if QEMU
 // answers that the transaction failed, and adopted in every other case.
 func (c *cut) take(ctx context.Context, cannotFreeze string) error {
-	steps := 8
-	if cannotFreeze != "" || c.req.Quiesce == QuiesceNone {
-		steps = 5 // no guard, no freeze, no thaw
-	}
-	c.o.Plan(steps)
-	if err := c.toCut(ctx, cannotFreeze); err != nil {
+	c.o.Plan(c.steps(cannotFreeze))
+	err := c.toCut(ctx, cannotFreeze)
+	if !c.done {
 		return c.beforeReverts(ctx, err)
 	}
-	// The cut has happened: nothing below may undo it or be cancelled.
-	ctx = context.WithoutCancel(ctx)
+	// The cut has happened, and the guest is thawed whatever comes next.
+	whole := context.WithoutCancel(ctx)
 	if c.guard != nil {
-		if err := c.o.Step(ctx, "thaw", c.thawGuest); err != nil {
-			return err
+		thaw := c.o.Step(whole, "thaw", c.thawGuest)
+		if err = errors.Join(err, thaw); thaw != nil {
+			err = errors.Join(err, c.release(whole))
 		}
 	}
-	return c.finish(ctx)
+	switch {
+	case err != nil:
+		return err
+	case c.memory != nil:
+		return c.finishWithMemory(ctx)
+	default:
+		return c.finish(whole)
+	}
+}
+
+// steps returns the number of steps that the snapshot will take.
+func (c *cut) steps(cannotFreeze string) int {
+	n := 5 // preflight, overlays, cut, settle, commit
+	if cannotFreeze == "" && c.req.Quiesce != QuiesceNone {
+		n += 3 // guard, freeze, thaw
+	}
+	if c.memory != nil {
+		n += 2 // target, memory
+	}
+	if c.req.Compress {
+		n++
+	}
+	return n
 }
 
 // toCut does everything up to the cut, and the cut.
@@ -137,10 +161,18 @@ func (c *cut) toCut(ctx context.Context, cannotFreeze string) error {
 	if err := c.o.Step(ctx, "overlays", c.build); err != nil {
 		return err
 	}
+	if c.memory != nil {
+		if err := c.o.Step(ctx, "target", c.prepareMemory); err != nil {
+			return err
+		}
+	}
 	if c.guard != nil {
 		if err := c.o.Step(ctx, "freeze", c.freezeGuest); err != nil {
 			return err
 		}
+	}
+	if c.memory != nil {
+		return c.o.Step(ctx, "cut", c.transactWithMemory)
 	}
 	return c.o.Step(ctx, "cut", c.transact)
 }
@@ -150,7 +182,10 @@ func (c *cut) build(ctx context.Context) (err error) {
 	if c.session, err = c.vm.monitorOf(c.run); err != nil {
 		return err
 	}
-	if c.config, err = c.run.configuration(); err != nil {
+	if c.captured, err = c.run.configuration(ctx, c.session); err != nil {
+		return err
+	}
+	if c.config, err = json.Marshal(c.captured); err != nil {
 		return err
 	}
 	for i, d := range c.disks {
@@ -313,11 +348,19 @@ func (c *cut) transact(ctx context.Context) error {
 			return err
 		}
 	}
+	return c.send(ctx)
+}
+
+// send sends the transaction. From here on a snapshot of disks alone cannot be
+// cancelled; one with memory is taken back by merging.
+func (c *cut) send(ctx context.Context) error {
 	if !discover.Same(c.run.proc.PID, c.run.proc.StartTime) {
 		return fault.New(fault.Unresponsive, "VM %s: its QEMU process %d is gone", c.vm.name(), c.run.proc.PID)
 	}
-	if err := c.o.PointOfNoReturn(); err != nil {
-		return err
+	if c.memory == nil {
+		if err := c.o.PointOfNoReturn(); err != nil {
+			return err
+		}
 	}
 	pairs := make([]blockdev.Pair, len(c.disks))
 	for i, d := range c.disks {
@@ -335,7 +378,12 @@ func (c *cut) transact(ctx context.Context) error {
 			return err
 		}
 	}
+	c.done = true
 	c.o.DropReverts()
+	if c.memory != nil {
+		c.o.RevertAtLength("merge the overlays back", c.mergeBack)
+		c.o.RevertAtLength("discard the memory", c.discardMemory)
+	}
 	for _, d := range c.disks {
 		if err := d.coverLaunch(); err != nil {
 			c.o.Logger().Warn("launch path", "disk", d.Device, "error", err) // settle tries again

@@ -2,20 +2,57 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/memdump"
 )
 
-// VerifySnapshot starts an operation that compares a snapshot's memory file
-// with its checksum.
+// verifyRequest is what an operation of the kind verify was asked for.
+type verifyRequest struct{ Snapshot string }
+
+// VerifySnapshot starts an operation that reads a snapshot's memory file and
+// compares it with its checksum. It changes nothing, and so keeps nobody from
+// working on the VM.
 func (a *Agent) VerifySnapshot(ctx context.Context, ref string, uid uint32) (op.Record, error) {
 	s, err := a.Snapshot(ctx, ref)
 	if err != nil {
 		return op.Record{}, err
 	}
+	name := s.VMName + "/" + s.Name
 	if s.Memory == nil {
-		return op.Record{}, fault.New(fault.Unsupported, "snapshot %s/%s has no memory, and nothing else of it has a checksum", s.VMName, s.Name)
+		return op.Record{}, fault.New(fault.Unsupported, "snapshot %s has no memory, and nothing else of it has a checksum", name)
 	}
-	return op.Record{}, fault.New(fault.Unsupported, "snapshot %s/%s cannot be verified yet", s.VMName, s.Name)
+	spec := op.Spec{Kind: op.KindVerify, VMName: s.VMName, Request: verifyRequest{s.ID}, UID: uid}
+	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
+		o.SetSnapshot(s.ID)
+		return o.Step(ctx, "memory", func(ctx context.Context) error {
+			sum, err := verifyMemory(ctx, s.Memory.Path, func(done, total uint64) { o.Progress(done, total, "bytes") })
+			switch {
+			case errors.Is(err, fs.ErrNotExist):
+				return fault.New(fault.NotFound, "snapshot %s: its memory file %s is gone", name, s.Memory.Path).
+					WithHint("the disks can be restored without it")
+			case err != nil:
+				return fault.New(kindOf(err), "snapshot %s: %w", name, err)
+			case sum.StoredChecksum != s.Memory.Checksum:
+				return fault.New(fault.Failed, "snapshot %s: %s is a memory file, but not the one that was saved: its checksum is %s instead of %s",
+					name, s.Memory.Path, sum.StoredChecksum, s.Memory.Checksum)
+			}
+			return nil
+		})
+	})
+}
+
+func verifyMemory(ctx context.Context, path string, progress func(done, total uint64)) (memdump.Sum, error) {
+	dir, err := os.OpenRoot(filepath.Dir(path))
+	if err != nil {
+		return memdump.Sum{}, err
+	}
+	defer func() { _ = dir.Close() }()
+	_, sum, err := memdump.Verify(ctx, dir, filepath.Base(path), progress)
+	return sum, err
 }

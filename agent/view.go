@@ -138,6 +138,8 @@ type SnapshotRequest struct {
 	Compress      bool
 	RequestID     string `json:"-"`
 	UID           uint32 `json:"-"`
+
+	predict bool // measure what predictions need
 }
 
 // Quiesce chooses whether the guest is frozen for the cut.

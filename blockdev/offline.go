@@ -47,6 +47,14 @@ func Convert(ctx context.Context, from, fromFormat, to, toFormat string, progres
 	return runImg(ctx, progress, "convert", "-p", "-U", "-f", fromFormat, "-O", toFormat, from, to)
 }
 
+// CommitOffline folds a qcow2 overlay into the layer below it, and leaves the
+// overlay as it is (-d): when it is interrupted the overlay still holds
+// everything. qemu-img takes the locks of both. base is the name in the overlay's
+// header.
+func CommitOffline(ctx context.Context, overlay, base string, progress func(done, total uint64)) error {
+	return runImg(ctx, progress, "commit", "-p", "-d", "-f", "qcow2", "-b", base, overlay)
+}
+
 // Rebase makes a qcow2 name another file as its backing, in the format of that
 // one. Only the header changes: the content of the two backings must be the same.
 // The image's locks may be held by the caller, who keeps writers away.

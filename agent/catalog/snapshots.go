@@ -197,3 +197,18 @@ func (r reader) LastFreezeWindow(ctx context.Context, vmID string) (time.Duratio
 	return queryOne(ctx, r, scanValue[time.Duration],
 		"SELECT freeze_window FROM snapshots WHERE vm = ? AND freeze_window > 0 ORDER BY created DESC, seq DESC LIMIT 1", vmID)
 }
+
+// LastSaveRate returns how fast the newest memory of a VM was saved, in bytes a
+// second, or 0 if none was.
+func (r reader) LastSaveRate(ctx context.Context, vmID string) (uint64, error) {
+	text, found, err := queryOne(ctx, r, scanValue[string],
+		"SELECT memory FROM snapshots WHERE vm = ? AND memory <> 'null' ORDER BY created DESC, seq DESC LIMIT 1", vmID)
+	if err != nil || !found {
+		return 0, err
+	}
+	var m SavedMemory
+	if err := json.Unmarshal([]byte(text), &m); err != nil || m.Duration <= 0 {
+		return 0, err
+	}
+	return uint64(float64(m.StreamSize) / m.Duration.Seconds()), nil
+}

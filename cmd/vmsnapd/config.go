@@ -26,6 +26,8 @@ type config struct {
 	MetricsConfig string
 	VMsDir        string
 	OverlayDir    string
+	MemoryDir     string
+	KeepPages     bool
 	LogLevel      string
 	LogFormat     string
 	ScanOnly      bool
@@ -42,6 +44,7 @@ func (c *config) settings() map[string]any {
 	return map[string]any{
 		"state-dir": &c.StateDir, "run-dir": &c.RunDir, "socket": &c.Socket, "socket-group": &c.SocketGroup,
 		"metrics-listen": &c.MetricsListen, "metrics-config": &c.MetricsConfig, "vms-dir": &c.VMsDir, "overlay-dir": &c.OverlayDir,
+		"memory-dir": &c.MemoryDir, "leave-pages-split": &c.KeepPages,
 		"log-level": &c.LogLevel, "log-format": &c.LogFormat, "scan-only": &c.ScanOnly, "listed-only": &c.ListedOnly,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
 	}
@@ -58,6 +61,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.MetricsConfig, "metrics-config", "", "`file` with TLS and basic auth for /metrics (Prometheus exporter-toolkit)")
 	f.StringVar(&c.VMsDir, "vms-dir", "/etc/vmsnap/vms.d", "`directory` of YAML files that name VMs or override what is found")
 	f.StringVar(&c.OverlayDir, "overlay-dir", "", "`directory` in which the overlays of snapshots are made (default: beside the layer that is covered)")
+	f.StringVar(&c.MemoryDir, "memory-dir", "", "`directory` in which memory is saved (default: .vmsnap beside the first disk's layers)")
+	f.BoolVar(&c.KeepPages, "leave-pages-split", false, "do not put a guest's huge pages back after its memory was saved")
 	f.StringVar(&c.LogLevel, "log-level", "info", "`level`: debug, info, warn or error")
 	f.StringVar(&c.LogFormat, "log-format", "text", "`format`: text or json")
 	f.BoolVar(&c.ScanOnly, "scan-only", false, "find VMs by scanning /proc only, without process events")
@@ -158,6 +163,12 @@ func (c *config) check() error {
 			return c.wrong("overlay-dir", "%q is not an absolute path", c.OverlayDir)
 		}
 		c.OverlayDir = filepath.Clean(c.OverlayDir)
+	}
+	if c.MemoryDir != "" {
+		if !filepath.IsAbs(c.MemoryDir) {
+			return c.wrong("memory-dir", "%q is not an absolute path", c.MemoryDir)
+		}
+		c.MemoryDir = filepath.Clean(c.MemoryDir)
 	}
 	if len(c.Socket) > 107 {
 		return c.wrong("socket", "%q is longer than the 107 bytes that a Unix socket's path may have", c.Socket)

@@ -1,0 +1,120 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/memdump"
+	"github.com/vmsnap/vmsnap/monitor"
+)
+
+// memorySuffix ends the names of memory files.
+const memorySuffix = ".mem"
+
+// preflightMemory decides how the memory would be saved, and predicts what it
+// takes.
+func (a *Agent) preflightMemory(ctx context.Context, v *vm, s *monitor.Session, req SnapshotRequest, p *preflight) error {
+	facts, err := memdump.Probe(ctx, s, p.run.proc.PID)
+	if err != nil {
+		return fault.New(kindOf(err), "VM %s: %w", v.name(), err)
+	}
+	choice, err := memdump.Choose(facts, req.Strategy)
+	if err != nil {
+		p.refuse(memoryRefusal(v, err))
+		return nil
+	}
+	for _, w := range choice.Warnings {
+		p.warn(w.Code, "", "%s", w.Message)
+	}
+	c, err := p.run.configuration(ctx, s)
+	if err != nil {
+		return fault.New(fault.Unresponsive, "VM %s: %w", v.name(), err)
+	}
+	if why := c.unrestorable(p.run.proc); len(why) > 0 {
+		p.warn(warnNotRestorable, "", "the memory could not be loaded again: %s", strings.Join(why, "; "))
+	}
+	for _, d := range p.excluded {
+		p.warn(warnNotRestorable, d.Device, "the memory goes with all disks, and disk %s is not in the snapshot", d.Device)
+	}
+	if len(p.disks) == 0 {
+		return nil // refused already
+	}
+	p.memory = &memory{
+		Dir: a.memoryDir(p.disks[0]), Strategy: choice.Strategy, Reason: choice.Reason, RAM: facts.RAM,
+		facts: facts, reserve: facts.Reserve(),
+	}
+	p.plan.Consistency = catalog.Memory
+	return a.planMemory(ctx, v, s, req, p, choice)
+}
+
+// memoryDir is where the memory's file is made: beside the first disk's layers,
+// unless the configuration says otherwise.
+func (a *Agent) memoryDir(d *cutDisk) string {
+	if a.cfg.MemoryDir != "" {
+		return a.cfg.MemoryDir
+	}
+	return filepath.Join(d.Prefix+d.Dir, manifestDir)
+}
+
+func memoryRefusal(v *vm, err error) *fault.Error {
+	kind := fault.Failed
+	var unsuitable *memdump.UnsuitableError
+	switch {
+	case errors.Is(err, memdump.ErrBusy):
+		kind = fault.Busy
+	case errors.As(err, &unsuitable), errors.Is(err, memdump.ErrNotConverging):
+		kind = fault.Unsupported
+	}
+	return fault.New(kind, "VM %s: its memory cannot be saved: %w", v.name(), err).
+		WithHint("without --memory-strategy the best way that works is chosen; without --memory the disks alone are cut")
+}
+
+// planMemory predicts, and refuses what would not fit or take too long.
+func (a *Agent) planMemory(ctx context.Context, v *vm, s *monitor.Session, req SnapshotRequest, p *preflight, choice memdump.Choice) error {
+	m := p.memory
+	free, err := freeIn(m.Dir)
+	if err != nil {
+		return fault.New(kindOf(err), "VM %s: %s: %w", v.name(), m.Dir, err)
+	}
+	plan := &PlanMemory{
+		Strategy: m.Strategy, Reason: m.Reason, Directory: m.Dir, Free: free, Reserve: m.reserve, RAM: m.RAM,
+	}
+	p.plan.Memory = plan
+	if free < m.reserve {
+		p.refuse(fault.New(fault.NoSpace, "VM %s: its memory needs %d MiB set aside in %s, where %d MiB are free",
+			v.name(), m.reserve>>20, m.Dir, free>>20).WithHint("free some space there, or configure memory-dir"))
+	}
+	if !req.predict && req.MaxPause == 0 {
+		return nil // measuring how fast the guest dirties its memory takes a second
+	}
+	rate, err := a.catalog.LastSaveRate(ctx, v.id)
+	if err != nil {
+		return err
+	}
+	predicted, err := memdump.Predict(ctx, s, m.facts, choice, rate)
+	if err != nil {
+		return fault.New(kindOf(err), "VM %s: %w", v.name(), err)
+	}
+	plan.Bytes, plan.Duration, plan.Pause, plan.DirtyRate = predicted.Bytes, predicted.Duration, predicted.Pause, predicted.DirtyRate
+	if req.MaxPause > 0 && predicted.Pause > req.MaxPause {
+		p.refuse(fault.New(fault.Unsupported, "VM %s: its guest would stand still for about %s, and at most %s is allowed",
+			v.name(), predicted.Pause, req.MaxPause).WithHint("raise --max-pause, or choose another --memory-strategy"))
+	}
+	return nil
+}
+
+// freeIn returns the bytes free where a directory is, or will be made.
+func freeIn(dir string) (uint64, error) {
+	var st unix.Statfs_t
+	err := unix.Statfs(dir, &st)
+	if errors.Is(err, unix.ENOENT) {
+		err = unix.Statfs(filepath.Dir(dir), &st)
+	}
+	return st.Bavail * uint64(st.Bsize), err
+}

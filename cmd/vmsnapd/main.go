@@ -4,7 +4,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -24,16 +23,6 @@ import (
 
 // version is set by the build.
 var version = "devel"
-
-func main() {
-	var code int
-	root := command(&code)
-	if err := root.ExecuteContext(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, "vmsnapd:", err)
-		os.Exit(1)
-	}
-	os.Exit(code)
-}
 
 // command is the daemon itself, with the guard and the last thaw beneath it.
 func command(code *int) *cobra.Command {

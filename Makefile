@@ -28,6 +28,10 @@ deps: ## install and fetch what building and testing need (quick when nothing is
 build: ## build bin/vmsnapd and bin/vmsnap
 	go build -trimpath -ldflags "-X main.version=$$(git describe --tags --always --dirty 2>/dev/null || echo devel)" -o bin/ ./cmd/...
 
+.PHONY: packages
+packages: ## build the Debian and the RPM package in dist/
+	@hack/packages.sh dist
+
 .PHONY: demo
 demo: deps build ## show snapshots of a real guest from end to end
 	go run ./internal/demo

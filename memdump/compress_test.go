@@ -1,6 +1,7 @@
 package memdump
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"os/exec"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
 )
 
@@ -94,6 +96,24 @@ func TestCompressAltered(t *testing.T) {
 		}
 	})
 	unharmed(t, root, plain)
+}
+
+// A file cannot have the decompressor take as much memory as it likes.
+func TestDecompressRefusesLargeWindow(t *testing.T) {
+	for window, refused := range map[int]bool{zstdWindow: false, zstdLimit: false, 2 * zstdLimit: true} {
+		var stored bytes.Buffer
+		enc, err := zstd.NewWriter(&stored, zstd.WithWindowSize(window))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = enc.Write(make([]byte, 3*window))
+		if err := errors.Join(err, enc.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if err := decompress(io.Discard, &stored); errors.Is(err, zstd.ErrWindowSizeExceeded) != refused {
+			t.Errorf("window of %d bytes: %v", window, err)
+		}
+	}
 }
 
 // compressAndHang is what the test binary does when it is to be killed: it

@@ -16,6 +16,16 @@
 // [Stopped] for the whole save. In all three the memory is that of the instant
 // at which the disks were cut: no CPU of the guest ran in between.
 //
+// # The memory file
+//
+// [Create] makes a file with a header and reserved space. QEMU writes the
+// stream straight into [File.Target], so that nothing of ours can hold it up.
+// [File.Follow] runs beside it: it hashes what was written, has it brought to
+// the disk early, and takes it out of the page cache. [File.Finish] makes the
+// file complete and durable; until then every reader refuses it. [Verify]
+// compares a file with its checksums, [Compress] makes it smaller after the
+// save, and [OpenStream] opens either form for a QEMU that loads it.
+//
 // # What may go wrong
 //
 // Before QEMU 8.1 a background save that ends early freezes the guest for good

@@ -3,7 +3,6 @@ package memdump
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/vmsnap/vmsnap/monitor"
 )
@@ -44,26 +43,17 @@ func (s *Save) cutBackground(ctx context.Context, cut func(context.Context) erro
 
 // awaitTracking returns when QEMU tracks writes.
 func (s *Save) awaitTracking(ctx context.Context) error {
-	for n := 0; ; n++ {
+	return poll(ctx, func() (bool, error) {
 		m, err := s.session.QueryMigrate(ctx)
 		switch {
 		case err != nil:
-			return err
-		case m.RAM.Normal+m.RAM.Duplicate > 0 && m.Status != monitor.MigrationFailed && m.Status != monitor.MigrationCancelled:
-			return nil
-		case !underWay(m.Status):
+			return false, err
+		case m.Status == monitor.MigrationFailed || m.Status == monitor.MigrationCancelled:
 			s.ended = true
-			return s.outcome(m)
+			return false, s.outcome(m)
 		}
-		if n < trackingSpins {
-			continue
-		}
-		select {
-		case <-time.After(trackingPoll): // QEMU announces nothing
-		case <-ctx.Done():
-			return fmt.Errorf("wait for write tracking: %w", context.Cause(ctx))
-		}
-	}
+		return m.RAM.Normal+m.RAM.Duplicate > 0, nil
+	})
 }
 
 // releaseTracked ends the pause once writes are tracked.

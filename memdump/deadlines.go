@@ -40,10 +40,10 @@ const (
 // and nothing else.
 const (
 	progressEvery = 250 * time.Millisecond
-	// trackingPoll follows trackingSpins queries without any wait: usually
-	// writes are tracked by then, and each query delays the VM's own thread.
-	trackingSpins = 50
-	trackingPoll  = 200 * time.Microsecond
+	// pausePoll follows pausePollSpins looks without a rest: usually all is
+	// seen by then, and each look takes QEMU's main loop from other work.
+	pausePollSpins = 50
+	pausePoll      = 200 * time.Microsecond
 	// measureTime is how long the dirty rate is measured for, where that may be
 	// less than a second: long beside the reading of the samples.
 	measureTime = 300 * time.Millisecond

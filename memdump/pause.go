@@ -154,3 +154,21 @@ func (p *pause) failed(ctx context.Context, cause error) (Pause, error) {
 	}
 	return result, cause
 }
+
+// poll looks until it sees what it waits for, with the guest paused: at first
+// without a rest, since most waits are short.
+func poll(ctx context.Context, look func() (bool, error)) error {
+	for n := 0; ; n++ {
+		if seen, err := look(); seen || err != nil {
+			return err
+		}
+		if n < pausePollSpins {
+			continue
+		}
+		select {
+		case <-time.After(pausePoll): // QEMU announces none of what is awaited
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	"github.com/vmsnap/vmsnap/monitor"
 )
 
 // cutStopped saves with the CPUs stopped throughout. A VM that its owner has
@@ -50,6 +52,9 @@ func (s *Save) complete(ctx, wait context.Context, p *pause, progress func(Progr
 	if err == nil {
 		err = s.outcome(m)
 	}
+	if err == nil {
+		err = s.awaitPostmigrate(ctx)
+	}
 	if err != nil {
 		return p.failed(ctx, err)
 	}
@@ -64,4 +69,13 @@ func (s *Save) complete(ctx, wait context.Context, p *pause, progress func(Progr
 		return p.failed(ctx, err)
 	}
 	return p.ended(early)
+}
+
+// awaitPostmigrate returns when QEMU is done with a completed migration: it
+// says "completed" a moment before, and refuses cont until then.
+func (s *Save) awaitPostmigrate(ctx context.Context) error {
+	return poll(ctx, func() (bool, error) {
+		st, err := s.session.QueryStatus(ctx)
+		return st.Status != monitor.RunStateFinishMigrate, err
+	})
 }

@@ -161,6 +161,8 @@ func TestExitCodes(t *testing.T) {
 	}
 }
 
+var warnName = regexp.MustCompile(`^[wW]arn[A-Z]`)
+
 // warnings returns the codes of all warnings: the constants that begin with
 // "warn", and what is given to a Warning as it stands.
 func warnings(t *testing.T) []string {
@@ -169,7 +171,7 @@ func warnings(t *testing.T) []string {
 	find := func(n ast.Node) {
 		switch n := n.(type) {
 		case *ast.ValueSpec:
-			if code, ok := constant(n); ok && strings.HasPrefix(n.Names[0].Name, "warn") {
+			if code, ok := constant(n); ok && warnName.MatchString(n.Names[0].Name) {
 				codes[code] = true
 			}
 		case *ast.CompositeLit:
@@ -190,7 +192,7 @@ func warnings(t *testing.T) []string {
 			}
 		}
 	}
-	for _, dir := range packages(t, "../agent") {
+	for _, dir := range append(packages(t, "../agent"), "../memdump") {
 		syntax(t, dir, find)
 	}
 	return slices.Sorted(maps.Keys(codes))
@@ -267,7 +269,7 @@ func (oneVM) VMs(context.Context) ([]agent.VMView, agent.Discovery) {
 }
 
 func (oneVM) Operations(context.Context, agent.OperationFilter) ([]op.Record, error) {
-	return []op.Record{{Kind: op.KindSnapshot}}, nil
+	return []op.Record{{Kind: op.KindSnapshot, VMName: "web", Progress: op.Progress{Done: 1, Total: 2, Unit: "bytes"}}}, nil
 }
 
 func TestMetrics(t *testing.T) {

@@ -79,10 +79,13 @@ func choosePaused(f Facts, want Strategy) (Choice, error) {
 	return c, nil
 }
 
-// staysPaused tells whether a paused VM can be saved as if in the background,
-// which leaves it as it was. Before 9.0 QEMU resumes a VM at that, and any
-// other way of saving ends in "postmigrate" on all versions.
-func staysPaused(f Facts) bool { return f.Tracking == "" && f.Version.AtLeast(9, 0) }
+// staysPaused tells whether a VM that does not run can be saved as if in the
+// background, which leaves it as it was. Before 9.0 QEMU resumes a VM at that,
+// and in any state but "paused" it aborts (10.0, "prelaunch"). Any other way of
+// saving ends in "postmigrate" on all versions.
+func staysPaused(f Facts) bool {
+	return f.Status == monitor.RunStatePaused && f.Tracking == "" && f.Version.AtLeast(9, 0)
+}
 
 // unsavable returns why no strategy can save the memory.
 func unsavable(f Facts) string {

@@ -44,8 +44,10 @@ func measureDirtyRate(ctx context.Context, s *monitor.Session) (uint64, error) {
 				return 0, errors.New("query-dirty-rate: measured, without a rate")
 			}
 			return positive(*r.Rate) << 20, nil
-		case "unstarted":
-			return 0, errors.Join(errors.New("the dirty rate is not being measured"), begun)
+		case "unstarted": // it may not have come to it yet
+			if begun != nil {
+				return 0, begun
+			}
 		}
 		select {
 		case <-time.After(measurePoll): // QEMU announces nothing

@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/vmsnap/vmsnap/monitor"
 )
@@ -63,7 +60,8 @@ type Save struct {
 	session  *monitor.Session
 	strategy Strategy
 	settings Settings
-	tracked  bool // by write tracking: nothing pauses the guest once it runs
+	status   monitor.RunState // of the VM, which must not have changed
+	tracked  bool             // by write tracking: nothing pauses the guest once it runs
 
 	guard      Guard
 	maxPause   time.Duration
@@ -83,7 +81,7 @@ type Save struct {
 // means that a background save into this file could harm the guest.
 func Prepare(ctx context.Context, c Config) (*Save, error) {
 	s := &Save{
-		session: c.Session, strategy: c.Strategy,
+		session: c.Session, strategy: c.Strategy, status: c.Facts.Status,
 		tracked: c.Strategy == Background || c.Strategy == Stopped && !c.Facts.Running && staysPaused(c.Facts),
 		guard:   c.Guard, maxPause: c.MaxPause, pauseLimit: c.PauseLimit, ram: c.Facts.RAM,
 	}
@@ -94,7 +92,7 @@ func Prepare(ctx context.Context, c Config) (*Save, error) {
 }
 
 func (s *Save) prepare(ctx context.Context, c Config) error {
-	if err := s.checkReady(ctx, c.Facts.Running); err != nil {
+	if err := s.checkReady(ctx); err != nil {
 		return err
 	}
 	if s.tracked {
@@ -128,15 +126,16 @@ func (s *Save) prepare(ctx context.Context, c Config) error {
 	return nil
 }
 
-// checkReady fails unless the VM runs or is paused as expected, and nothing
-// migrates it.
-func (s *Save) checkReady(ctx context.Context, running bool) error {
+// checkReady fails unless the VM is in the state that the strategy was chosen
+// for, and nothing migrates it.
+func (s *Save) checkReady(ctx context.Context) error {
 	st, err := s.session.QueryStatus(ctx)
 	if err != nil {
 		return err
 	}
-	if st.Running != running {
-		return &UnsuitableError{Strategy: s.strategy, Reason: fmt.Sprintf("the VM is %s since it was looked at", st.Status)}
+	if st.Status != s.status {
+		reason := fmt.Sprintf("the VM was %s when it was chosen, and is %s", s.status, st.Status)
+		return &UnsuitableError{Strategy: s.strategy, Reason: reason}
 	}
 	m, err := s.session.QueryMigrate(ctx)
 	if err != nil {
@@ -147,45 +146,6 @@ func (s *Save) checkReady(ctx context.Context, running bool) error {
 	}
 	return nil
 }
-
-// checkTarget refuses a file that a background save could harm the guest with:
-// anything that is no regular file can hold QEMU up, and with it the guest's
-// writes. Before 8.1 the save must not fail at all, so the file must have all
-// its space.
-func checkTarget(ctx context.Context, c Config) error {
-	var st unix.Stat_t
-	offset, err := c.Target.Seek(0, io.SeekCurrent)
-	if err == nil {
-		err = unix.Fstat(int(c.Target.Fd()), &st)
-	}
-	if err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return errors.Join(fmt.Errorf("%w: %s is no regular file", ErrUnsafeTarget, c.Target.Name()), err)
-	}
-	if !mayHang(c.Facts.Version) {
-		return nil
-	}
-	ram, err := ramSize(ctx, c.Session)
-	if err != nil {
-		return err
-	}
-	const sector = 512 // the unit of st_blocks, whatever the file system's
-	need := uint64(offset) + Facts{RAM: ram}.Reserve()
-	if have := uint64(st.Blocks) * sector; have < need {
-		return fmt.Errorf("%w: %s has %d bytes reserved, %d may be needed", ErrUnsafeTarget, c.Target.Name(), have, need)
-	}
-	if c.PID == 0 {
-		return nil
-	}
-	limit, err := sizeLimit(c.PID)
-	if err == nil && limit < need {
-		err = fmt.Errorf("%w: it may write files of %d bytes only, %d may be needed", ErrUnsafeTarget, limit, need)
-	}
-	return err
-}
-
-// mayHang tells of a QEMU that freezes the guest for good when a background
-// save ends before its time.
-func mayHang(v Version) bool { return !v.AtLeast(8, 1) }
 
 // Settings returns what the save has changed, as it was.
 func (s *Save) Settings() Settings { return s.settings }
@@ -206,7 +166,7 @@ func (s *Save) Cut(ctx context.Context, cut func(context.Context) error, progres
 	if s.begun {
 		return Pause{}, errors.New("save memory: it was begun before")
 	}
-	if err := s.checkReady(ctx, s.settings.Running); err != nil {
+	if err := s.checkReady(ctx); err != nil {
 		return Pause{}, fmt.Errorf("save memory: %w", err)
 	}
 	var p Pause

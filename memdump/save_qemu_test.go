@@ -120,7 +120,7 @@ func TestQEMUCancel(t *testing.T) {
 		if err := s.Close(g.ctx()); !errors.Is(err, ErrBusy) {
 			t.Errorf("closed while it is under way: %v", err)
 		}
-		if _, err := Prepare(g.ctx(), Config{Session: g.session, Strategy: Background, Facts: Facts{Running: true}}); !errors.Is(err, ErrBusy) {
+		if _, err := Prepare(g.ctx(), Config{Session: g.session, Strategy: Background, Facts: Facts{Running: true, Status: monitor.RunStateRunning}}); !errors.Is(err, ErrBusy) {
 			t.Errorf("prepared while another is under way: %v", err)
 		}
 		if err := s.Cancel(g.ctx(), nil); err != nil {

@@ -90,6 +90,7 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	a.showUnresolved(leftovers)
+	a.coverDevices()
 	w, err := discover.Watch(ctx, discover.Options{NoNetlink: a.cfg.ScanOnly})
 	if err != nil {
 		return err

@@ -102,7 +102,7 @@ func (d *cutDisk) protect() error {
 		return err
 	}
 	defer func() { _ = base.Close() }()
-	err = d.baseDir.SetImmutable(d.Base, true)
+	err = d.flagBase(true)
 	d.immutable = err == nil
 	if errors.Is(err, blockdev.ErrNoImmutable) {
 		return errors.Join(err, d.baseDir.Root().Chmod(d.Base, 0o444))
@@ -219,15 +219,18 @@ func (c *cut) entries(ctx context.Context, s *catalog.Snapshot) (layers []catalo
 
 // layers returns the two layers as the catalog keeps them.
 func (d *cutDisk) layers(operation string, base catalog.Layer) ([]catalog.Layer, error) {
-	bi, err := d.baseDir.Stat(d.Base)
-	if err != nil {
-		return nil, err
+	if d.BaseDevice == "" {
+		bi, err := d.baseDir.Stat(d.Base)
+		if err != nil {
+			return nil, err
+		}
+		base.Dev, base.Ino = bi.Dev, bi.Ino
 	}
 	oi, err := d.overlayDir.Stat(d.Overlay)
 	if err != nil {
 		return nil, err
 	}
-	base.Path, base.Format, base.Dev, base.Ino = d.baseDir.Path(d.Base), d.BaseFormat, bi.Dev, bi.Ino
+	base.Path, base.Format = d.baseDir.Path(d.Base), d.BaseFormat
 	base.Covered, base.Immutable = true, d.immutable
 	return []catalog.Layer{base, {
 		ID: d.OverlayID, DiskID: d.DiskID, Parent: base.ID, Path: d.overlayDir.Path(d.Overlay), Format: "qcow2",
@@ -263,9 +266,13 @@ func (c *cut) writeManifests(s catalog.Snapshot, layers []catalog.Layer) error {
 	var errs []error
 	done := map[string]bool{}
 	for _, d := range c.disks {
-		if !done[d.BaseDir] {
-			done[d.BaseDir] = true
-			errs = append(errs, d.baseDir.WriteFile(manifestDir, s.ID+".json", data))
+		beside := d.baseDir
+		if d.BaseDevice != "" {
+			beside = d.overlayDir
+		}
+		if path := beside.Path(""); !done[path] {
+			done[path] = true
+			errs = append(errs, beside.WriteFile(manifestDir, s.ID+".json", data))
 		}
 	}
 	return errors.Join(errs...)
@@ -287,7 +294,7 @@ func (a *Agent) rewriteManifests(s catalog.Snapshot) error {
 	for _, d := range s.Disks {
 		if l := layerOf(layers, d.LayerID); l.ID != "" {
 			m.Layers = append(m.Layers, l)
-			dirs[filepath.Dir(l.Path)] = true
+			dirs[manifestDirOf(l, layers)] = true
 		}
 	}
 	data, err := json.MarshalIndent(m, "", "  ")
@@ -299,6 +306,17 @@ func (a *Agent) rewriteManifests(s catalog.Snapshot) error {
 		errs = append(errs, writeManifest(dir, s.ID, data))
 	}
 	return errors.Join(errs...)
+}
+
+// manifestDirOf returns the directory of the manifests of a layer's snapshots:
+// the one that it stands in, for a block device that of a layer on it.
+func manifestDirOf(l catalog.Layer, layers []catalog.Layer) string {
+	for _, child := range layers {
+		if l.Device != "" && child.Parent == l.ID {
+			return filepath.Dir(child.Path)
+		}
+	}
+	return filepath.Dir(l.Path)
 }
 
 func writeManifest(path, id string, data []byte) (err error) {

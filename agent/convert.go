@@ -1,10 +1,14 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
+	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
@@ -83,7 +87,7 @@ func (a *Agent) convert(ctx context.Context, o *op.Op, d catalog.Disk) (err erro
 		}
 		o.Warn(op.Warning{Code: warnNoImmutable, Disk: d.Device, Message: err.Error()}) // the rest of it has been done
 	}
-	return a.recordConversion(ctx, o, dir, c)
+	return a.recordConversion(ctx, o, c)
 }
 
 // remove takes back the converted file. It opens the directory anew, since
@@ -97,18 +101,24 @@ func (c conversion) remove() (err error) {
 	return dir.Remove(c.name())
 }
 
-// recordConversion makes the converted file, which the launch path leads to by
-// now, the active layer, and removes the overlay that it replaces. An operation that
-// ended here would leave a VM that runs on a file which nobody knows, so what
-// fails is tried again until the agent stops. It can be done again after a crash
-// at any point.
-func (a *Agent) recordConversion(ctx context.Context, o *op.Op, dir *blockdev.Dir, c conversion) error {
+// recordConversion makes the file that the launch path leads to by now, the
+// converted one or a device that was written to, the active layer, and removes
+// the overlay that it replaces. An operation that ended here would leave a VM
+// that runs on a file which nobody knows, so what fails is tried again until the
+// agent stops. It can be done again after a crash at any point.
+func (a *Agent) recordConversion(ctx context.Context, o *op.Op, c conversion) error {
+	return a.untilRecorded(ctx, o, c.Disk, func(ctx context.Context) error { return a.tryRecordConversion(ctx, c) })
+}
+
+// untilRecorded tries f until it works or the agent stops, which leaves it to
+// the recovery of the next.
+func (a *Agent) untilRecorded(ctx context.Context, o *op.Op, d catalog.Disk, f func(context.Context) error) error {
 	for {
-		err := a.tryRecordConversion(ctx, dir, c)
+		err := f(ctx)
 		if err == nil {
 			return nil
 		}
-		o.Logger().Error("the conversion cannot be recorded yet", "disk", c.Disk.Device, "error", err)
+		o.Logger().Error("what was done to a disk cannot be recorded yet", "disk", d.Device, "error", err)
 		select {
 		case <-a.stopping:
 			return op.ErrLeave
@@ -117,12 +127,12 @@ func (a *Agent) recordConversion(ctx context.Context, o *op.Op, dir *blockdev.Di
 	}
 }
 
-func (a *Agent) tryRecordConversion(ctx context.Context, dir *blockdev.Dir, c conversion) error {
-	info, err := dir.Stat(c.name())
+func (a *Agent) tryRecordConversion(ctx context.Context, c conversion) error {
+	file, err := fileAt(c.New.Path)
 	if err != nil {
 		return err
 	}
-	c.New.Dev, c.New.Ino = info.Dev, info.Ino
+	file.identify(&c.New)
 	c.Disk.ActiveLayer, c.Disk.SettleNeeded = c.New.ID, false
 	if err := a.putLayers(ctx, []catalog.Layer{c.New}, []catalog.Disk{c.Disk}); err != nil {
 		return err
@@ -130,56 +140,62 @@ func (a *Agent) tryRecordConversion(ctx context.Context, dir *blockdev.Dir, c co
 	if err := a.catalog.DeleteLayer(ctx, c.Old.ID); err != nil && fault.Of(err) != fault.NotFound {
 		return err
 	}
-	return dir.Remove(filepath.Base(c.Old.Path))
+	if err := os.Remove(c.Old.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if c.New.Device != "" {
+		return blockdev.SetReadOnly(c.New.Path, false) // an agent that starts makes it read-only
+	}
+	return nil
 }
 
-// recoverConversions finishes the conversions whose file the launch path leads to
-// already, and takes the others back.
-func (a *Agent) recoverConversions(ctx context.Context, o *op.Op, entries []op.Entry) error {
+// recoverSettling finishes, for each disk, what was done to it as far as the
+// journal says that there is no way back, and takes the rest back.
+func (a *Agent) recoverSettling(ctx context.Context, o *op.Op, entries []op.Entry) error {
 	var errs []error
 	for _, e := range entries {
-		if e.Kind != entryConvert {
-			continue
+		switch e.Kind {
+		case entryConvert:
+			errs = append(errs, recoverEntry(ctx, o, e, a.recoverConversion))
+		case entryWritten:
+			errs = append(errs, recoverEntry(ctx, o, e, a.recordConversion))
+		case entrySave:
+			saved := func(other op.Entry) bool { return other.Kind == entrySaved && bytes.Equal(other.Data, e.Data) }
+			if !slices.ContainsFunc(entries, saved) {
+				errs = append(errs, recoverEntry(ctx, o, e, func(_ context.Context, _ *op.Op, s saving) error { return s.remove() }))
+			}
+		case entrySaved:
+			errs = append(errs, recoverEntry(ctx, o, e, a.adoptSaved))
 		}
-		var c conversion
-		if err := json.Unmarshal(e.Data, &c); err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		errs = append(errs, a.recoverConversion(ctx, o, c))
 	}
 	return errors.Join(errs...)
 }
 
-func (a *Agent) recoverConversion(ctx context.Context, o *op.Op, c conversion) (err error) {
-	dir, err := c.dir()
+func recoverEntry[T any](ctx context.Context, o *op.Op, e op.Entry, recover func(context.Context, *op.Op, T) error) error {
+	var what T
+	if err := json.Unmarshal(e.Data, &what); err != nil {
+		return err
+	}
+	return recover(ctx, o, what)
+}
+
+func (a *Agent) recoverConversion(ctx context.Context, o *op.Op, c conversion) error {
+	chain, err := a.chain(ctx, c.Old)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
-	if base, err := a.flagged(ctx, c.Old); err != nil {
-		return err
-	} else if base.ID != "" { // the flag may have been lifted when the host died
-		if err := setImmutable(base.Path, true); err != nil {
+	for _, l := range chain[1:] { // the flag of one may have been lifted when the host died
+		if !l.Immutable || l.Foreign {
+			continue
+		}
+		if err := setImmutable(l.Path, true); err != nil {
 			o.Warn(op.Warning{Code: warnNoImmutable, Disk: c.Disk.Device, Message: err.Error()})
 		}
 	}
-	if named, err := leadsTo(c.Disk.LaunchPath, c.New.Path); err != nil || !named {
-		return errors.Join(err, dir.Remove(c.name()))
+	if named, err := leadsTo(c.Disk.LaunchPath, c.New.Path); err != nil {
+		return err
+	} else if !named {
+		return c.remove()
 	}
-	return a.recordConversion(ctx, o, dir, c)
-}
-
-// flagged returns the covered layer below an active one if the agent made it
-// immutable, else the zero layer. There is none once the active layer has been
-// replaced by a converted file.
-func (a *Agent) flagged(ctx context.Context, active catalog.Layer) (catalog.Layer, error) {
-	if active.Parent == "" {
-		return catalog.Layer{}, nil
-	}
-	base, err := a.catalog.Layer(ctx, active.Parent)
-	if err != nil || !base.Immutable || base.Foreign {
-		return catalog.Layer{}, err
-	}
-	return base, nil
+	return a.recordConversion(ctx, o, c)
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/blockdev"
 )
@@ -26,6 +27,7 @@ type cutDisk struct {
 	Base       string // permanent name of the layer that is covered
 	BaseID     string
 	BaseFormat string
+	BaseDevice string // what the base is known by when it is a block device, else empty
 	BaseNode   string // QEMU's node of the base
 	NewName    bool   // the permanent name is made by this operation
 	Overlay    string // permanent name of the overlay
@@ -54,15 +56,29 @@ func newCutDisk(r *run, d *liveDisk, overlays string) (*cutDisk, error) {
 	return c, c.place(d.rec, d.active, overlays)
 }
 
+// onDevice reports whether the launch path is a block device, which cannot lead
+// anywhere else.
+func (c *cutDisk) onDevice() bool { return c.Settle == SettleDevice }
+
 // place says where the disk's files are and how it will be settled, and opens
 // their directories.
 func (c *cutDisk) place(d catalog.Disk, active catalog.Layer, overlays string) error {
 	c.Dir, c.Launch = filepath.Dir(d.LaunchPath), filepath.Base(d.LaunchPath)
 	c.BaseDir, c.Base = filepath.Dir(active.Path), filepath.Base(active.Path)
+	c.BaseDevice = active.Device
 	c.OverlayDir = cmp.Or(overlays, c.BaseDir)
-	c.Settle = SettleLive
-	if d.LaunchFormat == "raw" {
+	launch, err := blockdev.StatPath(c.Prefix + d.LaunchPath)
+	switch {
+	case err == nil && launch.Device:
+		c.Settle = SettleDevice
+	case d.LaunchFormat == "raw":
 		c.Settle = SettleConvert
+	default:
+		c.Settle = SettleLive // a launch path that is gone comes back with the cut
+	}
+	if c.BaseDevice != "" && overlays == "" {
+		return fault.New(fault.Unsupported, "it is a block device, beside which there is no place for a new layer").
+			WithHint("set overlay-dir")
 	}
 	return c.open()
 }
@@ -108,19 +124,24 @@ func (c *cutDisk) close() error {
 	return errors.Join(errs...)
 }
 
-// launchPathIsOurs fails if the launch path leads to another file than the active
-// layer: somebody has put it there, and it is not to be replaced. A launch path
-// that is gone comes back with the cut.
-func (c *cutDisk) launchPathIsOurs(active catalog.Layer) error {
-	info, err := c.dir.Lead(c.Launch)
+// launchPathIsOurs fails if the launch path leads to another file than a layer
+// that it may lead to, which are given the newest first: somebody has put it
+// there, and it is not to be replaced. A launch path that is gone comes back with
+// the cut.
+func (c *cutDisk) launchPathIsOurs(may []catalog.Layer) error {
+	path := c.dir.Path(c.Launch)
+	host, err := discover.Process{Root: c.Prefix}.HostPath(path)
+	if err != nil {
+		return err
+	}
+	file, err := fileAt(host)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case err != nil:
 		return err
-	case info.Dev != active.Dev || info.Ino != active.Ino:
-		return fault.New(fault.Unsupported, "its launch path %s leads to another file than the layer %s that QEMU writes to",
-			c.dir.Path(c.Launch), active.Path)
+	case file.in(may).ID == "":
+		return fault.New(fault.Unsupported, "its launch path %s leads to another file than the layer %s that QEMU writes to", path, may[0].Path)
 	}
 	return nil
 }
@@ -130,7 +151,7 @@ func (c *cutDisk) launchPathIsOurs(active catalog.Layer) error {
 func (c *cutDisk) name(operation string, n int) {
 	c.OverlayID = fmt.Sprintf("%s-%d", operation, n)
 	c.Overlay = blockdev.LayerName(c.Launch, c.OverlayID, "qcow2")
-	if c.BaseDir == c.Dir && c.Base == c.Launch {
+	if !c.onDevice() && c.BaseDir == c.Dir && c.Base == c.Launch {
 		c.Base = blockdev.LayerName(c.Launch, fmt.Sprintf("%s-%db", operation, n), c.BaseFormat)
 		c.NewName = true
 	}
@@ -188,11 +209,10 @@ func (c *cutDisk) removeNames() (err error) {
 			return errors.Join(d.overlayDir.Remove(d.Overlay), d.dir.Unname(d.Launch, d.Base))
 		}
 	}
-	if err := d.dir.PointAt(d.Launch, d.baseDir, d.Base); err != nil {
-		return err
-	}
-	if err := d.dir.Sync(); err != nil {
-		return err
+	if d.Settle == SettleLive {
+		if err := errors.Join(d.dir.PointAt(d.Launch, d.baseDir, d.Base), d.dir.Sync()); err != nil {
+			return err
+		}
 	}
 	errs := []error{d.overlayDir.Remove(d.Overlay)}
 	if d.NewName {
@@ -223,16 +243,33 @@ func (c *cutDisk) coverLaunch() error {
 		}
 		return c.dir.Sync()
 	}
-	if err := c.baseDir.SetImmutable(c.Base, true); err != nil || c.OverlayDir == c.BaseDir {
+	if err := c.flagBase(true); err != nil || c.BaseDevice != "" || c.OverlayDir == c.BaseDir {
 		return err
 	}
 	return c.baseDir.SyncFile(c.Base)
 }
 
+// flagBase keeps everyone from writing to the base, or lets them.
+func (c *cutDisk) flagBase(on bool) error {
+	if c.BaseDevice != "" {
+		return blockdev.SetReadOnly(c.Prefix+c.baseDir.Path(c.Base), on)
+	}
+	return c.baseDir.SetImmutable(c.Base, on)
+}
+
+// canFlagBase fails where the base cannot be protected so.
+func (c *cutDisk) canFlagBase() error {
+	if c.BaseDevice != "" {
+		return nil
+	}
+	_, err := c.baseDir.Immutable(c.Base)
+	return err
+}
+
 // expose lets the base be written to again, so that the overlay can be merged
 // into it.
 func (c *cutDisk) expose() error {
-	err := c.baseDir.SetImmutable(c.Base, false)
+	err := c.flagBase(false)
 	if errors.Is(err, blockdev.ErrNoImmutable) {
 		fi, err := c.baseDir.Root().Lstat(c.Base)
 		if err != nil {

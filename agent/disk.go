@@ -61,7 +61,7 @@ func (a *Agent) liveDisks(ctx context.Context, v *vm, r *run, g *blockdev.Graph,
 		}
 		d.chain = chain
 		d.path = absolute(r.proc, d.top().Filename)
-		if d.reason = uncuttable(&d); d.reason == "" && !register {
+		if d.reason = a.uncuttable(r.proc, &d); d.reason == "" && !register {
 			d.reason = "an operation is changing its layers"
 		} else if d.reason == "" {
 			if err := a.recognise(ctx, v, r, &d); err != nil {
@@ -76,18 +76,18 @@ func (a *Agent) liveDisks(ctx context.Context, v *vm, r *run, g *blockdev.Graph,
 // label returns what a disk that nobody named is called: what it was called when
 // its active layer was made, else the name of its root.
 func (v *vm) label(p discover.Process, root string, active blockdev.Layer) string {
-	file, err := p.HostPath(absolute(p, active.Filename))
+	path, err := p.HostPath(absolute(p, active.Filename))
 	if err != nil {
 		return root
 	}
-	info, err := blockdev.StatPath(file)
+	file, err := fileAt(path)
 	if err != nil {
 		return root
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for _, l := range v.layers {
-		if l.Dev != info.Dev || l.Ino != info.Ino {
+		if !file.is(l) {
 			continue
 		}
 		for _, d := range v.disks {
@@ -110,15 +110,21 @@ func launchOf(p discover.Process, d blockdev.Drive) discover.Drive {
 }
 
 // uncuttable says what about the drive itself forbids a cut.
-func uncuttable(d *liveDisk) string {
+func (a *Agent) uncuttable(p discover.Process, d *liveDisk) string {
 	top := d.top()
+	driver := top.Node.Driver
+	if top.File != nil {
+		driver = top.File.Driver
+	}
 	switch {
-	case top.File == nil || top.File.Driver != "file":
-		driver := top.Node.Driver
-		if top.File != nil {
-			driver = top.File.Driver
-		}
-		return fmt.Sprintf("it is kept by QEMU's %s driver; only image files can be snapshotted", driver)
+	case top.File == nil || driver != "file" && driver != "host_device":
+		return fmt.Sprintf("it is kept by QEMU's %s driver; only image files and block devices can be snapshotted", driver)
+	case driver == "host_device" && top.Node.Driver != "raw":
+		return fmt.Sprintf("it is a block device that holds a %s image; only raw ones can be snapshotted", top.Node.Driver)
+	case driver == "host_device" && p.Root != "":
+		return "it is a block device, and QEMU has a file system tree of its own"
+	case driver == "host_device" && a.overlayDir(p, d.drive.Device) == "":
+		return "it is a block device, beside which there is no place for a new layer: set overlay-dir"
 	case top.Node.Driver != "qcow2" && top.Node.Driver != "raw":
 		return fmt.Sprintf("its format is %s; only qcow2 and raw can be snapshotted", top.Node.Driver)
 	case top.Node.Encrypted:
@@ -134,15 +140,15 @@ func uncuttable(d *liveDisk) string {
 // recognise matches the disk with the catalog by its layer tree: the file that
 // is written to must be the active layer of a known disk, or of none.
 func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error {
-	file, err := r.proc.HostPath(d.path)
+	path, err := r.proc.HostPath(d.path)
 	if err != nil {
 		return fmt.Errorf("its file cannot be found: %w", err)
 	}
-	info, err := blockdev.StatPath(file)
+	file, err := fileAt(path)
 	if err != nil {
 		return fmt.Errorf("its file cannot be examined: %w", err)
 	}
-	if open, err := hasOpen(r.proc.PID, info.FileID); err != nil {
+	if open, err := hasOpen(r.proc.PID, file.FileID); err != nil {
 		return err
 	} else if !open {
 		return fmt.Errorf("%s leads to another file than the one that QEMU writes to", d.path)
@@ -153,7 +159,7 @@ func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error
 	disks, layers, vmID := v.disks, v.layers, v.id
 	v.mu.Unlock()
 	for _, l := range layers {
-		if l.Dev != info.Dev || l.Ino != info.Ino {
+		if !file.is(l) {
 			continue
 		}
 		for _, disk := range disks {
@@ -175,12 +181,13 @@ func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error
 		}
 		disk = k
 	}
-	return a.firstSight(ctx, v, r, d, disk, info)
+	return a.firstSight(ctx, v, r, d, disk, file)
 }
 
 // known takes in a disk whose active file is a known layer.
 func (a *Agent) known(ctx context.Context, v *vm, r *run, d *liveDisk, disk catalog.Disk, l catalog.Layer, layers []catalog.Layer) error {
 	if disk.ActiveLayer != l.ID {
+		v.strayed(disk.ID)
 		return fmt.Errorf("it runs on the layer %s, which others depend on, and not on its newest one", l.Path)
 	}
 	was, layer := disk, l
@@ -217,12 +224,11 @@ func relaunched(p discover.Process, d *liveDisk, disk *catalog.Disk, active *cat
 	if err != nil {
 		return
 	}
-	file, err := p.HostPath(path)
+	host, err := p.HostPath(path)
 	if err != nil {
 		return
 	}
-	info, err := blockdev.StatPath(file)
-	if err != nil || info.Dev != active.Dev || info.Ino != active.Ino {
+	if file, err := fileAt(host); err != nil || !file.is(*active) {
 		return
 	}
 	if permanent == "" {
@@ -260,7 +266,7 @@ func covered(layers []catalog.Layer, diskID string) bool {
 
 // firstSight records a disk with its layers. Everything below the active layer
 // is foreign from now on.
-func (a *Agent) firstSight(ctx context.Context, v *vm, r *run, d *liveDisk, disk catalog.Disk, info blockdev.Info) error {
+func (a *Agent) firstSight(ctx context.Context, v *vm, r *run, d *liveDisk, disk catalog.Disk, file file) error {
 	launchPath, err := launchPath(r.proc, d, "")
 	if err != nil {
 		return err
@@ -275,8 +281,9 @@ func (a *Agent) firstSight(ctx context.Context, v *vm, r *run, d *liveDisk, disk
 	now := time.Now()
 	active := catalog.Layer{
 		ID: newID(), DiskID: disk.ID, Path: launchPath, Format: d.top().Node.Driver,
-		VirtualSize: d.top().Node.VirtualSize, Dev: info.Dev, Ino: info.Ino, Created: now,
+		VirtualSize: d.top().Node.VirtualSize, Created: now,
 	}
+	file.identify(&active)
 	disk.ActiveLayer = active.ID
 	layers := []catalog.Layer{active}
 	for _, b := range d.chain[1:] {
@@ -284,8 +291,8 @@ func (a *Agent) firstSight(ctx context.Context, v *vm, r *run, d *liveDisk, disk
 			ID: newID(), DiskID: disk.ID, Path: absolute(r.proc, b.Filename), Format: b.Node.Driver,
 			VirtualSize: b.Node.VirtualSize, Foreign: true, Covered: true, Created: now,
 		}
-		if fi, err := blockdev.StatPath(r.proc.Root + l.Path); err == nil {
-			l.Dev, l.Ino = fi.Dev, fi.Ino
+		if file, err := fileAt(r.proc.Root + l.Path); err == nil {
+			file.identify(&l)
 		}
 		layers[len(layers)-1].Parent = l.ID
 		layers = append(layers, l)
@@ -300,11 +307,15 @@ func (a *Agent) firstSight(ctx context.Context, v *vm, r *run, d *liveDisk, disk
 // launchPath returns the file name by which the VM's launch command opens the
 // disk, with links resolved but for the one that the agent has made: it is this
 // name that comes to lead to the active layer. active is the permanent name of
-// that layer, empty when there is none.
+// that layer, empty when there is none. The name of a block device is the one
+// that is given: what it leads to is another one at the next boot.
 func launchPath(p discover.Process, d *liveDisk, active string) (string, error) {
 	path := d.path
 	if d.launch.File != "" {
 		path = absolute(p, d.launch.File)
+	}
+	if info, err := blockdev.StatPath(p.Root + path); err == nil && info.Device {
+		return path, nil
 	}
 	for range maxLinks {
 		fi, err := os.Lstat(p.Root + path)

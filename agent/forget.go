@@ -66,7 +66,7 @@ func releaseLayers(layers []catalog.Layer) error {
 		if l.Foreign || !l.Covered {
 			continue
 		}
-		if info, err := blockdev.StatPath(l.Path); err != nil || info.Ino != l.Ino || info.Dev != l.Dev {
+		if file, err := fileAt(l.Path); err != nil || !file.is(l) {
 			continue
 		}
 		errs = append(errs, releaseLayer(l))

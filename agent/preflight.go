@@ -24,6 +24,7 @@ const (
 	warnExcluded           = "disk-excluded"
 	warnPaused             = "vm-paused"
 	warnLaunchRaw          = "launch-format-raw"
+	warnSettlesStopped     = "settles-when-stopped"
 	warnDropped            = "disk-dropped"
 	warnNotQuiesced        = "not-quiesced"
 	warnNoImmutable        = "immutable-flag-unavailable"
@@ -315,10 +316,6 @@ func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req Snapsho
 		refuse(fault.Unsupported, "%s", d.reason)
 		return
 	}
-	if d.rec.SettleNeeded {
-		refuse(fault.Unsupported, "its launch path is not settled since the last snapshot, which happens when the VM has stopped")
-		return
-	}
 	if job := g.Job(d.drive); job != "" {
 		refuse(fault.Busy, "QEMU's block job %s is working on it", job)
 		return
@@ -328,20 +325,51 @@ func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req Snapsho
 		refuse(fault.Failed, "%v", err)
 		return
 	}
-	if err := c.launchPathIsOurs(d.active); err != nil {
+	if err := c.settles(d.rec.SettleNeeded, v.chain(d.active), p); err != nil {
 		p.unfit = append(p.unfit, c)
 		refuse(kindOf(err), "%v", err)
 		return
 	}
-	if c.Settle == SettleConvert {
-		if _, err := c.baseDir.Immutable(c.Base); err != nil {
-			p.unfit = append(p.unfit, c)
-			refuse(fault.Unsupported, "its launch command declares format=raw, and without the immutable flag nothing would keep a restarted VM from writing to the covered layer: %v", err)
-			return
-		}
-		p.warn(warnLaunchRaw, c.Device, "its launch command declares format=raw, so after the snapshot it can only be started again once vmsnapd has converted it; that happens when the VM has stopped")
-	}
 	p.admit(v, c, req.AllowPartial)
+}
+
+// chain returns a layer with all below it, as they are cached, the newest first.
+func (v *vm) chain(active catalog.Layer) []catalog.Layer {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	chain := []catalog.Layer{active}
+	for l := layerOf(v.layers, active.Parent); l.ID != ""; l = layerOf(v.layers, l.Parent) {
+		chain = append(chain, l)
+	}
+	return chain
+}
+
+// settles fails if the disk could not be settled after the cut, and warns if
+// that has to wait until the VM has stopped. Such a disk may have been cut
+// before, since when its launch path leads to a layer further down.
+func (c *cutDisk) settles(unsettled bool, chain []catalog.Layer, p *preflight) error {
+	switch {
+	case !unsettled:
+		chain = chain[:1]
+	case c.Settle == SettleLive:
+		return fault.New(fault.Unsupported, "its launch path is not settled since the last snapshot, which happens when the VM has stopped")
+	}
+	if err := c.launchPathIsOurs(chain); err != nil {
+		return err
+	}
+	if c.Settle == SettleLive {
+		return nil
+	}
+	if err := c.canFlagBase(); err != nil {
+		return fault.New(fault.Unsupported, "its launch path will go on leading to a covered layer until the VM has stopped, and nothing would keep a restarted VM from writing to that: %w", err)
+	}
+	if c.Settle == SettleConvert {
+		p.warn(warnLaunchRaw, c.Device, "its launch command declares format=raw, so after the snapshot it can only be started again once vmsnapd has converted it; that happens when the VM has stopped")
+		return nil
+	}
+	p.warn(warnSettlesStopped, c.Device, "it is a block device, so after the snapshot it can only be started again once vmsnapd has saved the device's content, up to %d MiB, in %s and written the newest state to the device; that happens when the VM has stopped",
+		c.Size>>20, c.OverlayDir)
+	return nil
 }
 
 // admit adds a disk to the cut when there is room for its overlay.

@@ -135,7 +135,9 @@ func (d *liveDisk) view(p discover.Process, layers []catalog.Layer) DiskView {
 		lv := LayerView{Path: absolute(p, l.Filename), Format: l.Node.Driver, VirtualSize: l.Node.VirtualSize}
 		if info, err := blockdev.StatPath(p.Root + lv.Path); err == nil {
 			lv.Allocated = info.Allocated
-			lv = known(lv, layers, info.FileID)
+		}
+		if file, err := fileAt(p.Root + lv.Path); err == nil {
+			lv = known(lv, layers, file)
 		}
 		v.Layers = append(v.Layers, lv)
 	}
@@ -143,9 +145,9 @@ func (d *liveDisk) view(p discover.Process, layers []catalog.Layer) DiskView {
 }
 
 // known adds what the catalog knows of a file.
-func known(v LayerView, layers []catalog.Layer, id blockdev.FileID) LayerView {
+func known(v LayerView, layers []catalog.Layer, file file) LayerView {
 	for _, l := range layers {
-		if l.Dev == id.Dev && l.Ino == id.Ino {
+		if file.is(l) {
 			v.ID, v.Path, v.Foreign, v.Immutable = l.ID, l.Path, l.Foreign, l.Immutable
 		}
 	}

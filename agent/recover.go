@@ -126,11 +126,11 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return err
 	}
 	if rec.Kind == op.KindSettle {
-		return errors.Join(a.recoverConversions(ctx, o, entries), interrupted)
+		return errors.Join(a.recoverSettling(ctx, o, entries), interrupted)
 	}
 	if done, err := a.committed(ctx, v, rec.ID); err != nil || done != "" {
 		o.SetSnapshot(done)
-		return errors.Join(err, a.recoverConversions(ctx, o, entries))
+		return errors.Join(err, a.recoverSettling(ctx, o, entries))
 	}
 	c := &cut{Agent: a, o: o, vm: v, cutAt: rec.Started}
 	last, sent, err := c.load(rec, entries)

@@ -53,16 +53,34 @@ func (a *Agent) settleRecipe(ctx context.Context, o *op.Op, v *vm) error {
 		if !d.SettleNeeded || d.Removed {
 			continue
 		}
-		settle := a.convert
-		if d.LaunchFormat != "raw" {
-			settle = a.pointStopped
-		}
-		err := o.Step(ctx, "settle "+d.Device, func(ctx context.Context) error { return settle(ctx, o, d) })
+		err := o.Step(ctx, "settle "+d.Device, func(ctx context.Context) error {
+			if v.hasStrayed(d.ID) {
+				return fault.New(fault.Unsupported, "the VM was started on a layer that others depend on, so that nobody can say what is its newest state; all files are kept").
+					WithHint("decide which state is wanted; vmsnap vm show %s lists the layers", v.name())
+			}
+			return a.settleDisk(ctx, o, d)
+		})
 		if err != nil {
 			return fault.New(kindOf(err), "VM %s: disk %s: %w", v.name(), d.Device, err)
 		}
 	}
 	return a.reload(ctx, v)
+}
+
+// settleDisk makes the launch path of a stopped VM's disk lead to its newest
+// content.
+func (a *Agent) settleDisk(ctx context.Context, o *op.Op, d catalog.Disk) error {
+	launch, err := blockdev.StatPath(d.LaunchPath)
+	switch {
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return err
+	case launch.Device:
+		return a.settleDevice(ctx, o, d)
+	case d.LaunchFormat == "raw":
+		return a.convert(ctx, o, d)
+	default:
+		return a.pointStopped(ctx, o, d)
+	}
 }
 
 // pointStopped makes the launch path of a stopped VM lead to the active layer,
@@ -93,8 +111,8 @@ func leadsTo(launch, layer string) (bool, error) {
 	return errA == nil && errB == nil && a.FileID == b.FileID, nil
 }
 
-// pointPast makes a launch path lead to a layer when it leads to the covered
-// layer below active. A launch path that leads anywhere else is not ours to
+// pointPast makes a launch path lead to a layer when it leads to a covered layer
+// below active. A launch path that leads anywhere else is not ours to
 // change.
 func (a *Agent) pointPast(ctx context.Context, operation, launch, layer string, active catalog.Layer) (err error) {
 	dir, err := blockdev.OpenDir(filepath.Dir(launch), "")
@@ -110,27 +128,27 @@ func (a *Agent) pointPast(ctx context.Context, operation, launch, layer string, 
 	if done, err := leadsTo(launch, layer); err != nil || done {
 		return errors.Join(err, dir.Sync())
 	}
-	base, err := a.catalog.Layer(ctx, active.Parent)
+	chain, err := a.chain(ctx, active)
 	if err != nil {
 		return err
 	}
-	name := filepath.Base(launch)
-	info, err := dir.Lead(name)
+	file, err := fileAt(launch)
 	if err != nil {
 		return err
 	}
-	if info.Dev != base.Dev || info.Ino != base.Ino {
-		return fault.New(fault.Unsupported, "its launch path %s leads to another file than the layer %s that it named when it was last seen",
-			launch, base.Path).WithHint("put back the file that was there, or remove it and link %s to its name", active.Path)
+	name, base := filepath.Base(launch), file.in(chain[1:])
+	if base.ID == "" {
+		return fault.New(fault.Unsupported, "its launch path %s leads to another file than to one of its layers",
+			launch).WithHint("put back the file that was there, or remove it and link %s to its name", active.Path)
 	}
 	if own, err := dir.Stat(name); err != nil {
 		return err
-	} else if own.FileID == info.FileID && base.Immutable && !base.Foreign {
+	} else if own.FileID == file.FileID && base.Immutable && !base.Foreign {
 		bare, err := a.unflag(ctx, operation, base)
 		if err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, bare()) }()
+		defer func() { err = errors.Join(err, bare.end(false)) }()
 	}
 	if err := dir.PointAt(name, in, filepath.Base(layer)); err != nil {
 		return err
@@ -138,25 +156,40 @@ func (a *Agent) pointPast(ctx context.Context, operation, launch, layer string, 
 	return dir.Sync()
 }
 
-// unflag lifts the flag of a covered layer, as it takes to rename over one of
-// its names, until restore is called. Meanwhile a launch guard keeps every QEMU
-// from writing to the layer, and sets the flag again if this process dies.
-func (a *Agent) unflag(ctx context.Context, operation string, base catalog.Layer) (restore func() error, err error) {
-	protected := &cutDisk{Dir: filepath.Dir(base.Path), Base: filepath.Base(base.Path), Settle: SettleConvert}
-	if err := protected.open(); err != nil {
+// unflagged is a layer whose flag is lifted.
+type unflagged struct {
+	layer *cutDisk
+	guard *launchGuard
+}
+
+// unflag lifts the flag of a layer, as it takes to rename over one of its names
+// or to write to it, until end is called. Meanwhile a launch guard keeps every
+// QEMU from writing to the layer, and sets the flag again if this process dies.
+func (a *Agent) unflag(ctx context.Context, operation string, base catalog.Layer) (*unflagged, error) {
+	u := &unflagged{layer: &cutDisk{
+		Dir: filepath.Dir(base.Path), Base: filepath.Base(base.Path), BaseDevice: base.Device, Settle: SettleConvert,
+	}}
+	if err := u.layer.open(); err != nil {
 		return nil, err
 	}
-	guard, err := startLaunchGuard(ctx, a.cfg.LaunchGuard, a.launchGuardLock(operation), []*cutDisk{protected})
-	if err != nil {
-		return nil, errors.Join(err, protected.close())
+	var err error
+	if u.guard, err = startLaunchGuard(ctx, a.cfg.LaunchGuard, a.launchGuardLock(operation), []*cutDisk{u.layer}); err != nil {
+		return nil, errors.Join(err, u.layer.close())
 	}
-	restore = func() error {
-		return errors.Join(protected.baseDir.SetImmutable(protected.Base, true), guard.release(), protected.close())
+	if err := u.layer.flagBase(false); err != nil {
+		return nil, errors.Join(err, u.end(false))
 	}
-	if err := protected.baseDir.SetImmutable(protected.Base, false); err != nil {
-		return nil, errors.Join(err, restore())
+	return u, nil
+}
+
+// end sets the flag again, unless the layer is to stay as it is, and lets the
+// launch guard go.
+func (u *unflagged) end(stay bool) error {
+	var err error
+	if !stay {
+		err = u.layer.flagBase(true)
 	}
-	return restore, nil
+	return errors.Join(err, u.guard.release(), u.layer.close())
 }
 
 // lockTree takes the image locks of a layer and of all below it, against
@@ -208,11 +241,11 @@ func verifyBacking(layer, parent catalog.Layer) error {
 	if backing == "" {
 		return nil
 	}
-	info, err := blockdev.StatPath(backing)
+	file, err := fileAt(backing)
 	if err != nil {
 		return fmt.Errorf("layer %s: its backing file: %w", layer.Path, err)
 	}
-	if info.Dev != parent.Dev || info.Ino != parent.Ino || h.BackingFormat != parent.Format {
+	if !file.is(parent) || h.BackingFormat != parent.Format {
 		return fault.New(fault.Unsupported, "layer %s names the backing file %q (%s), which is not what it lay on when it was last seen",
 			layer.Path, backing, h.BackingFormat)
 	}

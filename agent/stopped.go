@@ -84,11 +84,11 @@ func stoppedDisk(d catalog.Disk, active catalog.Layer, overlays string) (*cutDis
 	if d.SettleNeeded {
 		return nil, fault.New(fault.Busy, "its launch path is not settled since the last snapshot")
 	}
-	info, err := blockdev.StatPath(d.LaunchPath)
+	file, err := fileAt(d.LaunchPath)
 	if err != nil {
 		return nil, err
 	}
-	if info.Dev != active.Dev || info.Ino != active.Ino {
+	if !file.is(active) {
 		return nil, fault.New(fault.Unsupported, "its launch path %s leads to another file than the layer %s that was active when it was last seen",
 			d.LaunchPath, active.Path)
 	}
@@ -183,10 +183,10 @@ func (c *cut) buildStopped(ctx context.Context) error {
 	return nil
 }
 
-// convertStopped settles the disks whose launch command declares format=raw.
+// convertStopped settles the disks whose launch path cannot lead to an overlay.
 func (c *cut) convertStopped(ctx context.Context) error {
 	for _, d := range c.disks {
-		if d.Settle != SettleConvert {
+		if d.Settle == SettleLive {
 			continue
 		}
 		disks, err := c.catalog.Disks(ctx, c.vm.id)
@@ -197,7 +197,7 @@ func (c *cut) convertStopped(ctx context.Context) error {
 			if rec.ID != d.DiskID {
 				continue
 			}
-			err := c.o.Step(ctx, "convert "+d.Device, func(ctx context.Context) error { return c.convert(ctx, c.o, rec) })
+			err := c.o.Step(ctx, "settle "+d.Device, func(ctx context.Context) error { return c.settleDisk(ctx, c.o, rec) })
 			if err != nil {
 				c.warn(warnNotSettled, d.Device, err.Error())
 			}

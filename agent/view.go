@@ -202,6 +202,7 @@ type Settle string
 const (
 	SettleLive    Settle = "live"    // at the cut, by a hard link
 	SettleConvert Settle = "convert" // by converting to the declared format, once the VM has stopped
+	SettleDevice  Settle = "device"  // by writing the newest state into the block device, once the VM has stopped
 )
 
 // SnapshotFilter chooses snapshots.

@@ -26,6 +26,7 @@ type vm struct {
 	freeze *FreezeView     // set while the agent holds the guest frozen
 	held   *held           // set while an operator's freeze stands
 	counts int             // snapshots
+	stray  map[string]bool // disks that were seen to run on a covered layer, by id
 
 	// changing is held for writing while layers are made or moved, so that
 	// nobody takes a half-finished change for the state of the disks.
@@ -39,6 +40,23 @@ type vm struct {
 	// unfinished is set, and changing held, from the agent's start until its
 	// recovery has dealt with the VM.
 	unfinished atomic.Bool
+}
+
+// strayed remembers that the VM has run on a layer that another one covers.
+func (v *vm) strayed(diskID string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.stray == nil {
+		v.stray = map[string]bool{}
+	}
+	v.stray[diskID] = true
+}
+
+// hasStrayed reports whether the VM was seen to do so.
+func (v *vm) hasStrayed(diskID string) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.stray[diskID]
 }
 
 // identity says what a process's VM is identified by: its UUID when it has

@@ -24,20 +24,20 @@ func TestQEMULaunchedAsRaw(t *testing.T) {
 		}
 	}
 	must(0, "vmsnap snapshot create web one --quiesce require 2>&1 | grep launch-format-raw:")
-	must(14, "vmsnap snapshot create web two")
+	must(0, "vmsnap snapshot create web two")
 	must(0, "lsattr /srv/vm/web/data.raw | grep -e '-i-'")
 	if err := h.guest.WriteFile(t.Context(), testvm.Mountpoint("data")+"/after", []byte("after")); err != nil {
 		t.Fatal(err)
 	}
 	h.direct("the guest shuts down")
 	h.awaitSettled()
-	must(2, "ls /srv/vm/web/data.*.qcow2")
+	must(0, "test $(ls /srv/vm/web/data.*.qcow2 | wc -l) = 1") // that of the second snapshot
 	h.direct("the guest starts")
 	got, err := h.guest.ReadFile(t.Context(), testvm.Mountpoint("data")+"/after")
 	if err != nil || string(got) != "after" {
 		t.Errorf("the disk holds %q, %v", got, err)
 	}
-	must(0, "vmsnap snapshot create web two --quiesce require")
+	must(0, "vmsnap snapshot create web three --quiesce require")
 }
 
 // awaitSettled waits until the disks of the VM that has stopped are converted.

@@ -153,6 +153,8 @@ func settleText(settle string) string {
 	switch settle {
 	case "convert":
 		return "by converting, when the VM has stopped"
+	case "device":
+		return "by writing to the block device, when the VM has stopped"
 	case "live":
 		return "at once"
 	default:

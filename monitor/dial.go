@@ -122,30 +122,52 @@ func noGreeting(ctx context.Context) error {
 
 // openSocket returns an O_PATH handle of the socket file.
 func openSocket(path string) (*os.File, error) {
-	dir, how := unix.AT_FDCWD, unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC}
-	name := path
-	if m := procRoot.FindStringSubmatch(path); m != nil {
-		root, err := unix.Open(m[1], unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return nil, &fs.PathError{Op: "open", Path: m[1], Err: err}
-		}
-		defer func() { _ = unix.Close(root) }()
-		dir, name = root, strings.TrimLeft(m[2], "/")
-		how.Resolve = unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS
-	}
-	fd, err := unix.Openat2(dir, name, &how)
+	file, err := openPath(path)
 	if err != nil {
-		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+		return nil, err
 	}
-	file := os.NewFile(uintptr(fd), path)
 	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
+	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
 		return nil, errors.Join(&fs.PathError{Op: "stat", Path: path, Err: err}, file.Close())
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
 		return nil, errors.Join(&fs.PathError{Op: "connect", Path: path, Err: unix.ENOTSOCK}, file.Close())
 	}
 	return file, nil
+}
+
+func openPath(path string) (*os.File, error) {
+	const flags = unix.O_PATH | unix.O_CLOEXEC
+	m := procRoot.FindStringSubmatch(path)
+	if m == nil {
+		return os.OpenFile(path, flags, 0)
+	}
+	name := strings.TrimLeft(m[2], "/")
+	root, err := unix.Open(m[1], flags|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: m[1], Err: err}
+	}
+	defer func() { _ = unix.Close(root) }()
+	fd, err := unix.Openat2(root, name, &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS})
+	if errors.Is(err, unix.ENOSYS) {
+		return openBeneath(m[1], name)
+	}
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// openBeneath does without openat2, which services may not call when systemd
+// keeps them from making setuid files. A link that leads outside, or counts
+// from the root, fails here.
+func openBeneath(root, name string) (*os.File, error) {
+	dir, err := os.OpenRoot(root)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = dir.Close() }()
+	return dir.OpenFile(name, unix.O_PATH, 0)
 }
 
 // awaitGreeting reads the first message of a connection.

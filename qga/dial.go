@@ -34,14 +34,13 @@ func Dial(ctx context.Context, path string, lim Limits) (*Client, error) {
 // connect opens the socket's inode first and connects through the descriptor:
 // its name in /proc is always short, and cannot be exchanged meanwhile.
 func connect(ctx context.Context, path string) (net.Conn, error) {
-	fd, err := openSocket(path)
+	inode, err := openSocket(path)
 	if err != nil {
 		return nil, err
 	}
-	inode := os.NewFile(uintptr(fd), path)
 	defer func() { _ = inode.Close() }()
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", "/proc/self/fd/"+strconv.Itoa(fd))
+	conn, err := d.DialContext(ctx, "unix", "/proc/self/fd/"+strconv.Itoa(int(inode.Fd())))
 	switch {
 	case errors.Is(err, unix.EAGAIN):
 		return nil, ErrBusy
@@ -53,32 +52,51 @@ func connect(ctx context.Context, path string) (net.Conn, error) {
 	return conn, nil
 }
 
-func openSocket(path string) (int, error) {
-	fd, err := openInode(path)
+func openSocket(path string) (*os.File, error) {
+	inode, err := openInode(path)
 	if err != nil {
-		return -1, &os.PathError{Op: "open", Path: path, Err: err}
+		return nil, err
 	}
 	var st unix.Stat_t
-	err = unix.Fstat(fd, &st)
+	err = unix.Fstat(int(inode.Fd()), &st)
 	if err == nil && st.Mode&unix.S_IFMT != unix.S_IFSOCK {
 		err = unix.ENOTSOCK
 	}
 	if err != nil {
-		return -1, errors.Join(&os.PathError{Op: "open", Path: path, Err: err}, unix.Close(fd))
+		return nil, errors.Join(&os.PathError{Op: "open", Path: path, Err: err}, inode.Close())
 	}
-	return fd, nil
+	return inode, nil
 }
 
-func openInode(path string) (int, error) {
+func openInode(path string) (*os.File, error) {
 	const flags = unix.O_PATH | unix.O_CLOEXEC
 	parts := processRoot.FindStringSubmatch(path)
 	if parts == nil {
-		return unix.Open(path, flags, 0)
+		return os.OpenFile(path, flags, 0)
 	}
 	root, err := unix.Open(parts[1], flags|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return -1, err
+		return nil, &os.PathError{Op: "open", Path: parts[1], Err: err}
 	}
 	defer func() { _ = unix.Close(root) }()
-	return unix.Openat2(root, parts[2], &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_IN_ROOT})
+	fd, err := unix.Openat2(root, parts[2], &unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_IN_ROOT})
+	if errors.Is(err, unix.ENOSYS) {
+		return openBeneath(parts[1], parts[2])
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// openBeneath does without openat2, which services may not call when systemd
+// keeps them from making setuid files. A link that leads outside, or counts
+// from the root, fails here.
+func openBeneath(root, name string) (*os.File, error) {
+	dir, err := os.OpenRoot(root)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = dir.Close() }()
+	return dir.OpenFile(name, unix.O_PATH, 0)
 }

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"regexp"
 	"slices"
@@ -74,8 +73,6 @@ func qomType(ctx context.Context, s *monitor.Session, path string) (string, erro
 	err := s.Execute(ctx, "qom-get", map[string]string{"path": path, "property": "type"}, &name)
 	return name, err
 }
-
-func (c configuration) json() (json.RawMessage, error) { return json.Marshal(c) }
 
 // inherited matches the parts of options that name an open file of the process
 // that started QEMU: tap,fd=24 or vhostfds=30:31 or /dev/fdset/2.

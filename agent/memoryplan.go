@@ -24,7 +24,7 @@ func (a *Agent) preflightMemory(ctx context.Context, v *vm, s *monitor.Session, 
 	if err != nil {
 		return fault.New(kindOf(err), "VM %s: %w", v.name(), err)
 	}
-	choice, err := memdump.Choose(facts, req.Strategy)
+	choice, err := memdump.Choose(facts, memdump.Strategy(req.Strategy))
 	if err != nil {
 		p.refuse(memoryRefusal(v, err))
 		return nil
@@ -50,7 +50,10 @@ func (a *Agent) preflightMemory(ctx context.Context, v *vm, s *monitor.Session, 
 		facts: facts, reserve: facts.Reserve(),
 	}
 	p.plan.Consistency = catalog.Memory
-	return a.planMemory(ctx, v, s, req, p, choice)
+	if err := p.placeMemory(v); err != nil || req.MaxPause == 0 {
+		return err // measuring how fast the guest changes its memory takes a while
+	}
+	return a.predictMemory(ctx, v, req, p)
 }
 
 // memoryDir is where the memory's file is made: beside the first disk's layers,
@@ -75,32 +78,42 @@ func memoryRefusal(v *vm, err error) *fault.Error {
 		WithHint("without --memory-strategy the best way that works is chosen; without --memory the disks alone are cut")
 }
 
-// planMemory predicts, and refuses what would not fit or take too long.
-func (a *Agent) planMemory(ctx context.Context, v *vm, s *monitor.Session, req SnapshotRequest, p *preflight, choice memdump.Choice) error {
+// placeMemory plans the file, and refuses what would not fit.
+func (p *preflight) placeMemory(v *vm) error {
 	m := p.memory
 	free, err := freeIn(m.Dir)
 	if err != nil {
 		return fault.New(kindOf(err), "VM %s: %s: %w", v.name(), m.Dir, err)
 	}
-	plan := &PlanMemory{
-		Strategy: m.Strategy, Reason: m.Reason, Directory: m.Dir, Free: free, Reserve: m.reserve, RAM: m.RAM,
+	p.plan.Memory = &PlanMemory{
+		Strategy: MemoryStrategy(m.Strategy), Reason: m.Reason, Directory: m.Dir, Free: free, Reserve: m.reserve, RAM: m.RAM,
 	}
-	p.plan.Memory = plan
 	if free < m.reserve {
 		p.refuse(fault.New(fault.NoSpace, "VM %s: its memory needs %d MiB set aside in %s, where %d MiB are free",
 			v.name(), m.reserve>>20, m.Dir, free>>20).WithHint("free some space there, or configure memory-dir"))
 	}
-	if !req.predict && req.MaxPause == 0 {
-		return nil // measuring how fast the guest dirties its memory takes a second
+	return nil
+}
+
+// predictMemory measures and predicts, once, and refuses what would take too
+// long.
+func (a *Agent) predictMemory(ctx context.Context, v *vm, req SnapshotRequest, p *preflight) error {
+	if p.memory == nil || p.plan.Memory.Duration > 0 {
+		return nil
+	}
+	s, err := v.monitorOf(p.run)
+	if err != nil {
+		return err
 	}
 	rate, err := a.catalog.LastSaveRate(ctx, v.id)
 	if err != nil {
 		return err
 	}
-	predicted, err := memdump.Predict(ctx, s, m.facts, choice, rate)
+	predicted, err := memdump.Predict(ctx, s, p.memory.facts, memdump.Choice{Strategy: p.memory.Strategy}, rate)
 	if err != nil {
 		return fault.New(kindOf(err), "VM %s: %w", v.name(), err)
 	}
+	plan := p.plan.Memory
 	plan.Bytes, plan.Duration, plan.Pause, plan.DirtyRate = predicted.Bytes, predicted.Duration, predicted.Pause, predicted.DirtyRate
 	if req.MaxPause > 0 && predicted.Pause > req.MaxPause {
 		p.refuse(fault.New(fault.Unsupported, "VM %s: its guest would stand still for about %s, and at most %s is allowed",

@@ -93,12 +93,14 @@ func (a *Agent) PlanSnapshot(ctx context.Context, req SnapshotRequest) (Plan, er
 	if register {
 		defer v.changing.RUnlock()
 	}
-	req.predict = true
 	p, err := a.preflight(ctx, v, req, register)
 	if err != nil {
 		return Plan{}, err
 	}
 	defer p.close()
+	if err := a.predictMemory(ctx, v, req, p); err != nil {
+		return Plan{}, err
+	}
 	if id, busy := a.ops.Running(v.id); busy {
 		busy := fault.New(fault.Busy, "VM %s: operation %s is running", v.name(), id)
 		p.plan.Blockers = slices.Insert(p.plan.Blockers, 0, busy) // it is why disks are not known

@@ -6,7 +6,6 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
-	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // State is what is known of a VM's execution.
@@ -133,14 +132,23 @@ type SnapshotRequest struct {
 	Strict        bool
 	AllowPartial  bool
 	Memory        bool
-	Strategy      memdump.Strategy // chosen when empty
-	MaxPause      time.Duration    // 0: no limit
+	Strategy      MemoryStrategy // chosen when empty
+	MaxPause      time.Duration  // 0: no limit
 	Compress      bool
 	RequestID     string `json:"-"`
 	UID           uint32 `json:"-"`
-
-	predict bool // measure what predictions need
 }
+
+// MemoryStrategy is a way to save memory. See package memdump, whose words
+// these are.
+type MemoryStrategy string
+
+// The ways to save memory.
+const (
+	MemoryBackground MemoryStrategy = "background"
+	MemoryPrecopy    MemoryStrategy = "precopy"
+	MemoryStopped    MemoryStrategy = "stopped"
+)
 
 // Quiesce chooses whether the guest is frozen for the cut.
 type Quiesce string
@@ -173,7 +181,7 @@ type Plan struct {
 
 // PlanMemory is what saving the memory would take. Sizes are bytes.
 type PlanMemory struct {
-	Strategy  memdump.Strategy
+	Strategy  MemoryStrategy
 	Reason    string
 	Directory string // where the file is made
 	Free      uint64 // there

@@ -12,7 +12,6 @@ import (
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
-	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // text makes any string fit for Protobuf, which refuses to encode a whole
@@ -57,10 +56,10 @@ var requested = map[string]vmsnapv1.Quiesce{
 	string(agent.QuiesceNone):    vmsnapv1.Quiesce_QUIESCE_NONE,
 }
 
-var strategies = map[memdump.Strategy]vmsnapv1.MemoryStrategy{
-	memdump.Background: vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_BACKGROUND,
-	memdump.Precopy:    vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_PRECOPY,
-	memdump.Stopped:    vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_STOPPED,
+var strategies = map[agent.MemoryStrategy]vmsnapv1.MemoryStrategy{
+	agent.MemoryBackground: vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_BACKGROUND,
+	agent.MemoryPrecopy:    vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_PRECOPY,
+	agent.MemoryStopped:    vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_STOPPED,
 }
 
 var operationStates = map[op.State]vmsnapv1.OperationState{
@@ -157,7 +156,7 @@ func memoryProto(m *catalog.SavedMemory) *vmsnapv1.SnapshotMemory {
 	}
 	return &vmsnapv1.SnapshotMemory{
 		Path:       text(m.Path),
-		Strategy:   strategies[memdump.Strategy(m.Strategy)],
+		Strategy:   strategies[agent.MemoryStrategy(m.Strategy)],
 		Reason:     text(m.Reason),
 		Size:       m.Size,
 		StreamSize: m.StreamSize,

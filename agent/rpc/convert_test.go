@@ -13,18 +13,17 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
-	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // words are valid values of the types that are words.
 var words = map[reflect.Type]string{
-	reflect.TypeFor[agent.State]():         string(agent.Paused),
-	reflect.TypeFor[agent.Presence]():      string(agent.Connected),
-	reflect.TypeFor[agent.Settle]():        string(agent.SettleLive),
-	reflect.TypeFor[catalog.Consistency](): string(catalog.Memory),
-	reflect.TypeFor[op.State]():            string(op.Reverting),
-	reflect.TypeFor[memdump.Strategy]():    string(memdump.Stopped),
-	reflect.TypeFor[fault.Kind]():          string(fault.Busy),
+	reflect.TypeFor[agent.State]():          string(agent.Paused),
+	reflect.TypeFor[agent.Presence]():       string(agent.Connected),
+	reflect.TypeFor[agent.Settle]():         string(agent.SettleLive),
+	reflect.TypeFor[catalog.Consistency]():  string(catalog.Memory),
+	reflect.TypeFor[op.State]():             string(op.Reverting),
+	reflect.TypeFor[agent.MemoryStrategy](): string(agent.MemoryStopped),
+	reflect.TypeFor[fault.Kind]():           string(fault.Busy),
 }
 
 // filled returns a value in which nothing is zero.
@@ -85,7 +84,7 @@ func fill(v reflect.Value) {
 func TestEveryFieldIsConverted(t *testing.T) {
 	snapshot := filled[agent.SnapshotView]()
 	snapshot.Quiesce.Requested = string(agent.QuiesceRequire)
-	snapshot.Memory.Strategy = string(memdump.Precopy)
+	snapshot.Memory.Strategy = string(agent.MemoryPrecopy)
 	for name, m := range map[string]proto.Message{
 		"VM":        vmProto(filled[agent.VMView]()),
 		"Operation": operationProto(filled[op.Record]()),

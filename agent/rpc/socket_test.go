@@ -22,7 +22,6 @@ import (
 	"github.com/vmsnap/vmsnap/agent/rpc/rpctest"
 	"github.com/vmsnap/vmsnap/api/client"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
-	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // journal keeps what is logged.
@@ -89,7 +88,7 @@ func TestRequestReachesTheBackend(t *testing.T) {
 	want := agent.SnapshotRequest{
 		VM: "web", Name: "n", Description: "d", Labels: map[string]string{"k": "v"}, Disks: []string{"root"},
 		Exclude: []string{"data"}, Quiesce: agent.QuiescePrefer, Mountpoints: []string{"/"}, Strict: true,
-		AllowPartial: true, Memory: true, Strategy: memdump.Precopy, MaxPause: time.Second, Compress: true,
+		AllowPartial: true, Memory: true, Strategy: agent.MemoryPrecopy, MaxPause: time.Second, Compress: true,
 		RequestID: "r", UID: uint32(os.Getuid()),
 	}
 	if diff := diff(want, <-got); diff != "" {

@@ -10,7 +10,6 @@ import (
 	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
-	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // The limits on the structure of requests. What a name may look like is the
@@ -166,12 +165,12 @@ var quiesces = map[vmsnapv1.Quiesce]agent.Quiesce{
 // quiesceOf returns the agent's word for a checked value.
 func quiesceOf(q vmsnapv1.Quiesce) agent.Quiesce { return quiesces[q] }
 
-var strategyValues = map[vmsnapv1.MemoryStrategy]memdump.Strategy{
+var strategyValues = map[vmsnapv1.MemoryStrategy]agent.MemoryStrategy{
 	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_UNSPECIFIED: "",
-	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_BACKGROUND:  memdump.Background,
-	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_PRECOPY:     memdump.Precopy,
-	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_STOPPED:     memdump.Stopped,
+	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_BACKGROUND:  agent.MemoryBackground,
+	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_PRECOPY:     agent.MemoryPrecopy,
+	vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_STOPPED:     agent.MemoryStopped,
 }
 
 // strategyOf returns the word for a checked value.
-func strategyOf(s vmsnapv1.MemoryStrategy) memdump.Strategy { return strategyValues[s] }
+func strategyOf(s vmsnapv1.MemoryStrategy) agent.MemoryStrategy { return strategyValues[s] }

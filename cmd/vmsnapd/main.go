@@ -183,7 +183,7 @@ func openAgent(ctx context.Context, c config, m *metrics.Metrics, log hclog.Logg
 		StateDir: c.StateDir, OverridesDir: c.VMsDir, OverlayDir: c.OverlayDir, MemoryDir: c.MemoryDir, KeepPages: c.KeepPages,
 		Freezing: guards, LaunchGuard: []string{guards.Executable[0], "launch-guard"},
 		PauseGuard: []string{guards.Executable[0], "pause-guard", "--log-level", c.LogLevel, "--log-format", c.LogFormat},
-		ScanOnly: c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
+		ScanOnly:   c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
 		OnOperation: m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow, OnPause: m.ObservePause,
 	})
 }

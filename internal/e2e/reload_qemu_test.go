@@ -39,7 +39,7 @@ func TestQEMUReload(t *testing.T) {
 	h.sees(20*time.Second, second.name, inState(paused))
 	h.sees(time.Second, first.name, inState(paused))
 
-	if err := os.WriteFile(h.path("vms.d/broken.yaml"), []byte("nmae: x\n"), 0o644); err != nil {
+	if err := os.WriteFile(h.path("vms.d/broken.yaml"), []byte("nam: x\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	reload("not reloaded")

@@ -7,7 +7,6 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
-	"github.com/vmsnap/vmsnap/memdump"
 )
 
 // Now is the time at which the samples are looked at.
@@ -195,7 +194,7 @@ func SamplePlan(req agent.SnapshotRequest) agent.Plan {
 	var memory *agent.PlanMemory
 	if req.Memory {
 		memory = &agent.PlanMemory{
-			Strategy: memdump.Background, Reason: "QEMU 10.0 can track writes", Directory: "/srv/vm/web/.vmsnap", Free: 120 * gib,
+			Strategy: agent.MemoryBackground, Reason: "QEMU 10.0 can track writes", Directory: "/srv/vm/web/.vmsnap", Free: 120 * gib,
 			Reserve: 9 * gib, RAM: 8 * gib, Bytes: 7 * gib, Duration: 12 * time.Second, Pause: 30 * time.Millisecond, DirtyRate: 100 << 20,
 		}
 	}

@@ -280,8 +280,12 @@ func (c *cutDisk) expose() error {
 	return err
 }
 
-// uncover makes the launch path lead to the base again, for good.
+// uncover makes the launch path lead to the base again, for good. One that cannot
+// lead to the overlay leads where it led before the cut.
 func (c *cutDisk) uncover() error {
+	if c.Settle != SettleLive {
+		return nil
+	}
 	return errors.Join(c.dir.PointAt(c.Launch, c.baseDir, c.Base), c.dir.Sync())
 }
 

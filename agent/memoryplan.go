@@ -56,13 +56,13 @@ func (a *Agent) preflightMemory(ctx context.Context, v *vm, s *monitor.Session, 
 	return a.predictMemory(ctx, v, req, p)
 }
 
-// memoryDir is where the memory's file is made: beside the first disk's layers,
+// memoryDir is where the memory's file is made: beside the first disk's overlay,
 // unless the configuration says otherwise.
 func (a *Agent) memoryDir(d *cutDisk) string {
 	if a.cfg.MemoryDir != "" {
 		return a.cfg.MemoryDir
 	}
-	return filepath.Join(d.Prefix+d.Dir, manifestDir)
+	return filepath.Join(d.Prefix+d.OverlayDir, manifestDir)
 }
 
 func memoryRefusal(v *vm, err error) *fault.Error {

@@ -55,6 +55,11 @@ var errKeepLayers = errors.New("its layers stay as they are")
 // keepLayers records the layers without a snapshot, which is harmless: each
 // disk has one more of them.
 func (c *cut) keepLayers(ctx context.Context, why error) error {
+	for _, d := range c.disks { // what was exposed to be merged
+		if err := d.protect(); err != nil {
+			c.warn(warnNoImmutable, d.Device, err.Error())
+		}
+	}
 	c.warn(warnLayersKept, "", "the overlays of the cut stay, each disk has one more layer now: "+why.Error())
 	return c.untilDone(func(ctx context.Context) error {
 		layers, disks, err := c.entries(ctx, &catalog.Snapshot{})
@@ -138,7 +143,7 @@ func (c *cut) mergeTarget(g *blockdev.Graph, d *cutDisk) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	wanted, err := d.baseDir.Stat(d.Base)
+	wanted, err := d.baseDir.Lead(d.Base)
 	if err != nil {
 		return "", err
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/agent/event"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/freeze"
 )
@@ -29,6 +30,9 @@ type Config struct {
 	ScanOnly     bool          // find VMs without process events
 	ListedOnly   bool          // manage only VMs that a file in OverridesDir names
 	Logger       hclog.Logger
+	EventKeep    int           // how many events are kept; 0: DefaultEventKeep
+	EventMaxAge  time.Duration // how old they get; 0: DefaultEventMaxAge
+	Sinks        []event.Sink  // where events are passed on to
 	// OnOperation, when not nil, is called with every operation that ends.
 	OnOperation func(op.Record)
 	// OnFreezeWindow, when not nil, is called with every freeze window.
@@ -43,6 +47,7 @@ type Agent struct {
 	log     hclog.Logger
 	catalog *catalog.Catalog
 	ops     *op.Runner
+	news    *news
 	reloads chan reloading
 
 	// recording is held while a VM's coming, going or being forgotten is
@@ -72,7 +77,7 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	}
 	return &Agent{
 		cfg: cfg, log: cfg.Logger, catalog: cat, overrides: overrides,
-		ops: op.NewRunner(cat, cfg.Logger.Named("operation")),
+		ops: op.NewRunner(cat, cfg.Logger.Named("operation")), news: newNews(cat, cfg.Logger.Named("event")),
 		vms: map[string]*vm{}, reloads: make(chan reloading), stopping: make(chan struct{}),
 	}, nil
 }
@@ -85,6 +90,20 @@ func (a *Agent) Close() error { return a.catalog.Close() }
 // until ctx ends. ready is called once requests can be served. It returns
 // after every recipe has come to its end, or shutdownGrace later.
 func (a *Agent) Run(ctx context.Context, ready func()) error {
+	go a.news.run()
+	err := a.run(ctx, ready)
+	a.news.close()
+	if !errors.Is(err, errUnended) { // what still runs needs the catalog, and the next agent takes it over
+		err = errors.Join(err, a.catalog.Close())
+	}
+	return err
+}
+
+// errUnended means that a recipe has not come to its end.
+var errUnended = errors.New("not everything has ended")
+
+// run is Run, between the recording of its first and its last event.
+func (a *Agent) run(ctx context.Context, ready func()) error {
 	leftovers := a.thawLeftovers(ctx)
 	if err := a.loadCatalog(ctx); err != nil {
 		return err
@@ -99,15 +118,18 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	a.watcher = w
 	a.mu.Unlock()
 	a.group.Go(func() { a.purge(ctx) })
+	a.group.Go(func() { a.keepEvents(ctx) })
 	// Recipes that come to their end when ctx has ended need QEMU for that.
 	sessions, closeSessions := context.WithCancel(context.WithoutCancel(ctx))
 	defer closeSessions()
 	a.followHost(ctx, sessions, w, func() {
 		a.group.Go(func() {
 			a.recover(ctx)
+			a.news.tell(event.Event{Kind: event.AgentStarted, Severity: event.Info, Message: "vmsnapd serves requests"})
 			ready()
 		})
 	})
+	a.news.tell(event.Event{Kind: event.AgentStopped, Severity: event.Info, Message: "vmsnapd stops"})
 	close(a.stopping)
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
 	defer cancel()
@@ -120,9 +142,9 @@ func (a *Agent) Run(ctx context.Context, ready func()) error {
 	go func() { a.group.Wait(); close(ended) }()
 	select {
 	case <-ended:
-		return errors.Join(err, a.catalog.Close())
-	case <-stop.Done(): // what still runs needs the catalog, and the next agent takes it over
-		return errors.Join(err, fmt.Errorf("not everything has ended %s after the stop", shutdownGrace))
+		return err
+	case <-stop.Done():
+		return errors.Join(err, fmt.Errorf("%w %s after the stop", errUnended, shutdownGrace))
 	}
 }
 

@@ -43,7 +43,7 @@ func (a *Agent) Forget(ctx context.Context, ref string, release bool) ([]string,
 			return nil, fault.New(fault.Failed, "VM %s is not forgotten: %w", v.name(), err)
 		}
 	}
-	if err := a.catalog.DeleteVM(ctx, v.id); err != nil {
+	if err := a.deleteVM(ctx, v); err != nil {
 		return nil, err
 	}
 	a.mu.Lock()

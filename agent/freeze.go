@@ -222,12 +222,14 @@ func (a *Agent) setFrozen(v *vm, operation string, f freeze.Frozen, h *held) Fre
 	v.mu.Lock()
 	v.freeze, v.held = &view, h
 	v.mu.Unlock()
+	a.tellFrozen(v, view, h)
 	return view
 }
 
 // endFreeze shows the VM as thawed, or, when the guest has not answered the
 // thaw, as unresolved until the guard says that it has.
 func (a *Agent) endFreeze(v *vm, g *freeze.Guard, thaw error) {
+	a.tellThawed(v, thaw)
 	v.mu.Lock()
 	v.held = nil
 	if thaw == nil {
@@ -252,6 +254,7 @@ func (a *Agent) awaitThaw(v *vm, g *freeze.Guard) {
 		if !g.Outcome().End.Resolved() {
 			return
 		}
+		a.tellThawed(v, nil)
 		v.mu.Lock()
 		v.freeze = nil
 		v.mu.Unlock()

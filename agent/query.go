@@ -272,7 +272,7 @@ func (a *Agent) RenameSnapshot(ctx context.Context, ref, newName string) (Snapsh
 	if err != nil {
 		return SnapshotView{}, err
 	}
-	if err := a.catalog.RenameSnapshot(ctx, s.ID, newName); err != nil {
+	if err := a.rename(ctx, s, newName); err != nil {
 		return SnapshotView{}, err
 	}
 	s.Name = newName

@@ -23,6 +23,7 @@ func (a *Agent) thawLeftovers(ctx context.Context) []freeze.Recovered {
 	}
 	for _, r := range recoveries {
 		q := r.Lease.Request
+		a.tellLeftover(r)
 		if r.Resolved() {
 			a.log.Warn("a freeze was left behind", "vm", q.VM, "operation", q.Operation, "outcome", string(r.Outcome.End))
 			continue

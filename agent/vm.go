@@ -174,9 +174,9 @@ func (a *Agent) started(ctx context.Context, p discover.Process) {
 		return
 	}
 	a.mu.Lock()
-	v := a.vms[rec.ID]
+	v, known := a.vms[rec.ID], true
 	if v == nil {
-		v = &vm{id: rec.ID, rec: rec}
+		v, known = &vm{id: rec.ID, rec: rec}, false
 		a.vms[rec.ID] = v
 	}
 	a.mu.Unlock()
@@ -184,9 +184,11 @@ func (a *Agent) started(ctx context.Context, p discover.Process) {
 	runCtx, cancel := context.WithCancel(ctx)
 	r.cancel = cancel
 	v.mu.Lock()
+	before := v.rec
 	v.rec = rec
 	v.runs = append(v.runs, r)
 	v.mu.Unlock()
+	a.tellRun(before, known, rec, p)
 	a.log.Info("VM started", "vm", rec.Name, "pid", p.PID, "unit", p.Cgroup.Unit)
 	a.group.Go(func() { a.follow(runCtx, v, r) })
 }
@@ -228,6 +230,7 @@ func (a *Agent) takeOff(ctx context.Context, v *vm, r *run, how string) (last bo
 	rec := v.rec
 	v.mu.Unlock()
 	a.log.Info("VM stopped", "vm", rec.Name, "pid", r.proc.PID, "how", how)
+	a.tellStop(rec, r.proc.PID, how)
 	if !last {
 		return false
 	}

@@ -21,8 +21,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 
 	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/event"
 	"github.com/vmsnap/vmsnap/agent/op"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 	"github.com/vmsnap/vmsnap/metrics"
@@ -333,11 +335,13 @@ func TestRoles(t *testing.T) {
 
 func TestMethods(t *testing.T) {
 	want, got := map[string]string{}, map[string]string{}
-	services := vmsnapv1.File_vmsnap_v1_services_proto.Services()
-	for i := range services.Len() {
-		s := services.Get(i)
-		want[string(s.Name())] = strings.Join(methods(s), ", ")
-	}
+	protoregistry.GlobalFiles.RangeFilesByPackage("vmsnap.v1", func(file protoreflect.FileDescriptor) bool {
+		for i := range file.Services().Len() {
+			s := file.Services().Get(i)
+			want[string(s.Name())] = strings.Join(methods(s), ", ")
+		}
+		return true
+	})
 	for _, row := range table(t, "controller.md", "service") {
 		got[row[0]] = row[1]
 	}
@@ -352,6 +356,19 @@ func methods(s protoreflect.ServiceDescriptor) []string {
 		names = append(names, string(s.Methods().Get(i).Name()))
 	}
 	return names
+}
+
+func TestEventKinds(t *testing.T) {
+	var want, got []string
+	for _, k := range event.Kinds {
+		want = append(want, string(k))
+	}
+	for _, row := range table(t, "events.md", "kind") {
+		got = append(got, strings.Split(row[0], ", ")...)
+	}
+	if diff := cmp.Diff(slices.Sorted(slices.Values(want)), slices.Sorted(slices.Values(got))); diff != "" {
+		t.Errorf("events.md and the code differ (-code +document):\n%s", diff)
+	}
 }
 
 // TestFlags compares the settings with the daemon's help.

@@ -74,6 +74,9 @@ func (r reader) Events(ctx context.Context, f event.Filter) ([]event.Event, erro
 	if f.VMID != "" {
 		and("vm = ? AND vm <> ''", f.VMID)
 	}
+	if f.VMName != "" {
+		and("vm_name = ?", f.VMName)
+	}
 	if f.Operation != "" {
 		and("operation = ? AND operation <> ''", f.Operation)
 	}

@@ -68,6 +68,7 @@ type Event struct {
 // Filter chooses events. Its zero value lets all through.
 type Filter struct {
 	VMID      string
+	VMName    string
 	Kinds     []Kind // any of these; all when empty
 	Severity  Severity
 	Operation string

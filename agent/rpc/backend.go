@@ -30,4 +30,8 @@ type Backend interface {
 	// time when it ends. It stops with ctx.
 	WatchOperation(ctx context.Context, id string) iter.Seq2[op.Record, error]
 	CancelOperation(ctx context.Context, id string) (op.Record, error)
+
+	Events(ctx context.Context, filter agent.EventFilter) (agent.EventList, error)
+	// WatchEvents yields events as they come. It stops with ctx.
+	WatchEvents(ctx context.Context, filter agent.EventFilter) iter.Seq2[agent.EventNews, error]
 }

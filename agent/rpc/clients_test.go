@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -20,6 +21,7 @@ import (
 	reflectpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
+	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/agent/rpc"
 	"github.com/vmsnap/vmsnap/agent/rpc/rpctest"
@@ -27,7 +29,9 @@ import (
 	"github.com/vmsnap/vmsnap/api/vmsnap/v1/vmsnapv1connect"
 )
 
-func diff(want, got any) string { return cmp.Diff(want, got) }
+func diff(want, got any) string {
+	return cmp.Diff(want, got, cmpopts.IgnoreUnexported(agent.SnapshotRequest{}))
+}
 
 // curl runs curl, as another user if told to, and returns what it printed.
 func curl(t *testing.T, as *syscall.Credential, args ...string) string {
@@ -184,7 +188,7 @@ func TestHealthAndReflection(t *testing.T) {
 		names = append(names, s.GetName())
 	}
 	slices.Sort(names)
-	want := []string{"vmsnap.v1.OperationService", "vmsnap.v1.SnapshotService", "vmsnap.v1.VMService"}
+	want := []string{"vmsnap.v1.EventService", "vmsnap.v1.OperationService", "vmsnap.v1.SnapshotService", "vmsnap.v1.VMService"}
 	if d := cmp.Diff(want, names); d != "" {
 		t.Errorf("services (-want +got):\n%s", d)
 	}

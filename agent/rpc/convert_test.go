@@ -11,6 +11,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/event"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
 )
@@ -24,6 +25,7 @@ var words = map[reflect.Type]string{
 	reflect.TypeFor[op.State]():             string(op.Reverting),
 	reflect.TypeFor[agent.MemoryStrategy](): string(agent.MemoryStopped),
 	reflect.TypeFor[fault.Kind]():           string(fault.Busy),
+	reflect.TypeFor[event.Severity]():       string(event.Error),
 }
 
 // filled returns a value in which nothing is zero.
@@ -90,6 +92,7 @@ func TestEveryFieldIsConverted(t *testing.T) {
 		"Operation": operationProto(filled[op.Record]()),
 		"Snapshot":  snapshotProto(snapshot),
 		"Plan":      planProto(filled[agent.Plan]()),
+		"Event":     eventProto(filled[event.Event]()),
 	} {
 		empty(t, name, m.ProtoReflect())
 		if _, err := proto.Marshal(m); err != nil {

@@ -21,9 +21,12 @@ type Options struct {
 	Logger  hclog.Logger // nil: no log
 	Roles   Roles
 	Version string // of the daemon; told in the Server header as "vmsnapd/VERSION"
+	// Refused, when not nil, is called with every call that a peer's role did not
+	// permit.
+	Refused func(uid uint32, pid int32, procedure, reason string)
 }
 
-// NewHandler returns the handler of the whole API: the three services, health
+// NewHandler returns the handler of the whole API: the services, health
 // and reflection. It serves connections that Serve has accepted; a call on any
 // other is refused, since its peer is unknown.
 func NewHandler(backend Backend, opts Options) http.Handler {
@@ -31,9 +34,10 @@ func NewHandler(backend Backend, opts Options) http.Handler {
 	if log == nil {
 		log = hclog.NewNullLogger()
 	}
+	door := door{opts.Roles, log, opts.Refused}
 	common := []connect.HandlerOption{
 		connect.WithReadMaxBytes(maxRequest),
-		connect.WithRequestGate(gate(opts.Roles, log)),
+		connect.WithRequestGate(door.gate),
 		connect.WithInterceptors(calls{log: log}),
 		connect.WithRecover(recovered(log)),
 	}
@@ -41,11 +45,13 @@ func NewHandler(backend Backend, opts Options) http.Handler {
 		vmsnapv1connect.VMServiceName,
 		vmsnapv1connect.SnapshotServiceName,
 		vmsnapv1connect.OperationServiceName,
+		vmsnapv1connect.EventServiceName,
 	}
 	mux := http.NewServeMux()
 	mux.Handle(vmsnapv1connect.NewVMServiceHandler(vmService{backend}, common...))
 	mux.Handle(vmsnapv1connect.NewSnapshotServiceHandler(snapshotService{backend}, common...))
 	mux.Handle(vmsnapv1connect.NewOperationServiceHandler(operationService{backend}, common...))
+	mux.Handle(vmsnapv1connect.NewEventServiceHandler(eventService{backend}, common...))
 	mux.Handle(grpchealth.NewHandler(grpchealth.NewStaticChecker(served...), common...))
 	reflector := grpcreflect.NewStaticReflector(served...)
 	mux.Handle(grpcreflect.NewHandlerV1(reflector, common...))
@@ -61,7 +67,7 @@ func NewHandler(backend Backend, opts Options) http.Handler {
 			mux.ServeHTTP(w, r)
 			return
 		}
-		err := permit(r.Context(), opts.Roles, log, r.URL.Path)
+		err := door.permit(r.Context(), r.URL.Path)
 		if err := errs.Write(w, r, err); err != nil {
 			log.Debug("refusal not sent", "error", err)
 		}

@@ -6,12 +6,14 @@ import (
 	"net/http"
 	"os/user"
 	"strconv"
+	"strings"
 
 	"connectrpc.com/connect"
 	"connectrpc.com/grpchealth"
 	"connectrpc.com/grpcreflect"
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/vmsnap/vmsnap/agent/event"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/api/vmsnap/v1/vmsnapv1connect"
 )
@@ -61,6 +63,9 @@ var needed = map[string]Role{
 	vmsnapv1connect.OperationServiceGetOperationProcedure:    Viewer,
 	vmsnapv1connect.OperationServiceWatchOperationProcedure:  Viewer,
 	vmsnapv1connect.OperationServiceCancelOperationProcedure: Operator,
+
+	vmsnapv1connect.EventServiceListEventsProcedure:  Viewer,
+	vmsnapv1connect.EventServiceWatchEventsProcedure: Viewer,
 
 	"/" + grpchealth.HealthV1ServiceName + "/Check":                       Viewer,
 	"/" + grpchealth.HealthV1ServiceName + "/Watch":                       Viewer,
@@ -120,35 +125,53 @@ func (r Roles) Of(p Peer) Role {
 	return role
 }
 
-// gate refuses calls that the peer's role does not permit, before anything of
-// the request is read, and logs each refusal.
-func gate(roles Roles, log hclog.Logger) connect.RequestGateFunc {
-	return func(ctx context.Context, spec connect.Spec, _ connect.Peer, _ http.Header) (context.Context, error) {
-		return ctx, permit(ctx, roles, log, spec.Procedure)
-	}
+// door lets calls in.
+type door struct {
+	roles   Roles
+	log     hclog.Logger
+	refused func(uid uint32, pid int32, procedure, reason string) // may be nil
 }
 
-func permit(ctx context.Context, roles Roles, log hclog.Logger, procedure string) error {
+// gate refuses calls that the peer's role does not permit, before anything of
+// the request is read, and logs each refusal. It marks the others with who
+// calls.
+func (d door) gate(ctx context.Context, spec connect.Spec, _ connect.Peer, _ http.Header) (context.Context, error) {
+	if peer, known := peerFrom(ctx); known {
+		ctx = event.WithActor(ctx, peer.UID)
+	}
+	return ctx, d.permit(ctx, spec.Procedure)
+}
+
+func (d door) permit(ctx context.Context, procedure string) error {
 	peer, known := peerFrom(ctx)
 	role := NoRole
 	if known {
-		role = roles.Of(peer)
+		role = d.roles.Of(peer)
 	}
 	need, listed := needed[procedure]
 	if known && listed && role >= need {
 		return nil
 	}
-	log.Warn("call refused", "procedure", procedure, "uid", peer.UID, "pid", peer.PID,
+	d.log.Warn("call refused", "procedure", procedure, "uid", peer.UID, "pid", peer.PID,
 		"role", role.String(), "needed", need.String(), "identified", known, "listed", listed)
+	err := refusal(peer, role, need, listed, procedure)
+	if d.refused != nil && listed {
+		d.refused(peer.UID, peer.PID, strings.TrimPrefix(procedure, "/vmsnap.v1."), err.Error())
+	}
+	return wireError(err)
+}
+
+// refusal is what a caller is told that may not make a call.
+func refusal(peer Peer, role, need Role, listed bool, procedure string) error {
 	switch {
 	case role == NoRole:
-		return wireError(fault.New(fault.Denied, "uid %d has no role here", peer.UID).
-			WithHint("join one of the groups that the daemon's configuration gives a role"))
+		return fault.New(fault.Denied, "uid %d has no role here", peer.UID).
+			WithHint("join one of the groups that the daemon's configuration gives a role")
 	case !listed:
-		return wireError(fault.New(fault.Unsupported, "this vmsnapd has no procedure %s", procedure).
-			WithHint("vmsnapd may be older than its client"))
+		return fault.New(fault.Unsupported, "this vmsnapd has no procedure %s", procedure).
+			WithHint("vmsnapd may be older than its client")
 	default:
-		return wireError(fault.New(fault.Denied, "uid %d has the role %s; this needs %s", peer.UID, role, need).
-			WithHint("ask for membership of a group with the role %s", need))
+		return fault.New(fault.Denied, "uid %d has the role %s; this needs %s", peer.UID, role, need).
+			WithHint("ask for membership of a group with the role %s", need)
 	}
 }

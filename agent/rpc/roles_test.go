@@ -5,24 +5,25 @@ import (
 	"testing"
 
 	"google.golang.org/protobuf/reflect/protoreflect"
-
-	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+	"google.golang.org/protobuf/reflect/protoregistry"
 )
 
 // TestEveryProcedureNeedsARole goes through the services as they are declared.
 func TestEveryProcedureNeedsARole(t *testing.T) {
-	services := vmsnapv1.File_vmsnap_v1_services_proto.Services()
 	listed := 0
-	for i := range services.Len() {
-		methods := services.Get(i).Methods()
-		for j := range methods.Len() {
-			name := procedure(methods.Get(j))
-			if needed[name] < Viewer || needed[name] > Admin {
-				t.Errorf("%s needs no role", name)
+	protoregistry.GlobalFiles.RangeFilesByPackage("vmsnap.v1", func(file protoreflect.FileDescriptor) bool {
+		for i := range file.Services().Len() {
+			methods := file.Services().Get(i).Methods()
+			for j := range methods.Len() {
+				name := procedure(methods.Get(j))
+				if needed[name] < Viewer || needed[name] > Admin {
+					t.Errorf("%s needs no role", name)
+				}
+				listed++
 			}
-			listed++
 		}
-	}
+		return true
+	})
 	for name := range needed {
 		if strings.HasPrefix(name, "/vmsnap.") {
 			listed--

@@ -37,6 +37,7 @@ type Client struct {
 	vms        vmsnapv1connect.VMServiceClient
 	snapshots  vmsnapv1connect.SnapshotServiceClient
 	operations vmsnapv1connect.OperationServiceClient
+	events     vmsnapv1connect.EventServiceClient
 }
 
 // New returns a client of the daemon that listens at a socket. It connects
@@ -67,6 +68,7 @@ func New(socket string) *Client {
 		vms:        vmsnapv1connect.NewVMServiceClient(c, baseURL, plain),
 		snapshots:  vmsnapv1connect.NewSnapshotServiceClient(c, baseURL, plain),
 		operations: vmsnapv1connect.NewOperationServiceClient(c, baseURL, plain),
+		events:     vmsnapv1connect.NewEventServiceClient(c, baseURL, plain),
 	}
 }
 
@@ -81,6 +83,9 @@ func (c *Client) Snapshots() vmsnapv1connect.SnapshotServiceClient { return c.sn
 
 // Operations returns the client of the OperationService.
 func (c *Client) Operations() vmsnapv1connect.OperationServiceClient { return c.operations }
+
+// Events returns the client of the EventService.
+func (c *Client) Events() vmsnapv1connect.EventServiceClient { return c.events }
 
 // Close closes the connection when no call uses it. The client can be used
 // again; it will connect anew.

@@ -1,9 +1,10 @@
 // Package client is the Go client of vmsnapd, for controllers and for the
 // vmsnap command.
 //
-// A Client speaks to one daemon over its Unix socket. The three services are
-// reached by VMs, Snapshots and Operations; Wait and Follow stay with an
-// operation to its end, over broken connections and restarts of the daemon.
+// A Client speaks to one daemon over its Unix socket. The services are reached
+// by VMs, Snapshots, Operations and Events; Wait and Follow stay with an
+// operation to its end, WatchEvents with what happens on the host, over broken
+// connections and restarts of the daemon.
 // Long work is never bound to a connection: a caller that goes away loses
 // nothing, and finds the operation again by its id, or by repeating the request
 // with the same request_id.

@@ -36,6 +36,13 @@ func TestCompletion(t *testing.T) {
 		"operation cancel ": "0badcafe\tfreeze of web, running\n",
 		"operation watch ":  "0badcafe\tfreeze of web, running\n",
 		"vm list -o ":       "table\nwide\njson\nyaml\nname\n",
+
+		"event list ":             vmCompletions,
+		"event watch --severity ": "info\nwarning\nerror\n",
+		"event watch --kind ":     strings.Join(eventKinds(), "\n") + "\n",
+		"event list --operation ": "0badcafe\tfreeze of web, running\nc0ffee02\tsnapshot of legacy, failed\n" +
+			"c0ffee01\tsnapshot of web, succeeded\n",
+		"event watch --since ": "",
 	} {
 		t.Run(line, func(t *testing.T) {
 			got := command(t, socket, append([]string{"__complete"}, strings.Split(line, " ")...)...)

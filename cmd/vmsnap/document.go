@@ -107,7 +107,7 @@ func field(m protoreflect.Message, fd protoreflect.FieldDescriptor) any {
 			list[i] = single(value.List().Get(i), fd)
 		}
 		return list
-	case fd.Message() != nil && !m.Has(fd):
+	case fd.HasPresence() && !m.Has(fd):
 		return nil
 	default:
 		return single(value, fd)

@@ -31,6 +31,8 @@ func TestOutputInEachFormat(t *testing.T) {
 		"operation-show":   "operation show c0ffee01",
 		"operation-watch":  "operation watch c0ffee01",
 		"operation-cancel": "operation cancel 0badcafe",
+		"event-list":       "event list",
+		"event-watch":      "event watch --since 3 --count 3",
 		"freeze":           "freeze web --lease 10s",
 		"thaw":             "thaw web",
 	} {
@@ -67,6 +69,15 @@ func TestOutput(t *testing.T) {
 		"operation-list-active": {line: "operation list --active"},
 		"operation-list-limit":  {line: "operation list web --limit 1"},
 		"operation-show-failed": {line: "operation show c0ffee02"},
+		"event-list-filter":     {line: "event list web --severity warning --within 4h"},
+		"event-list-kind":       {line: "event list --kind vm-started --kind agent-started --limit 1"},
+		"event-list-forgotten":  {line: "event list --since 1", setup: func(b *rpctest.Backend) { b.ForgetEvents(5) }},
+		"event-watch-forgotten": {line: "event watch --since 1 --count 1", setup: func(b *rpctest.Backend) { b.ForgetEvents(5) }},
+		"event-watch-ahead":     {line: "event watch --since 1000"},
+		"usage-event-kind":      {line: "event list --kind vm-exploded"},
+		"usage-event-severity":  {line: "event list --severity grave"},
+		"usage-event-count":     {line: "event watch --count 0"},
+		"help-event-watch":      {line: "event watch --help"},
 		"create-partial": {line: "snapshot create web fresh --allow-partial", setup: func(b *rpctest.Backend) {
 			s := taken("fresh")
 			s.Partial = true

@@ -8,10 +8,12 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"time"
 
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
 
+	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/rpc"
 )
 
@@ -35,6 +37,11 @@ type config struct {
 	Viewers       []string
 	Operators     []string
 	Admins        []string
+	EventKeep     int
+	EventMaxAge   time.Duration
+	EventJournal  bool
+	WebhookURL    string
+	WebhookSecret string
 
 	places map[string]string // FILE:LINE of the settings that a file gave
 }
@@ -46,6 +53,8 @@ func (c *config) settings() map[string]any {
 		"metrics-listen": &c.MetricsListen, "metrics-config": &c.MetricsConfig, "vms-dir": &c.VMsDir, "overlay-dir": &c.OverlayDir,
 		"memory-dir": &c.MemoryDir, "leave-pages-split": &c.KeepPages,
 		"log-level": &c.LogLevel, "log-format": &c.LogFormat, "scan-only": &c.ScanOnly, "listed-only": &c.ListedOnly,
+		"event-keep": &c.EventKeep, "event-max-age": &c.EventMaxAge, "event-journal": &c.EventJournal,
+		"webhook-url": &c.WebhookURL, "webhook-secret": &c.WebhookSecret,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
 	}
 }
@@ -67,6 +76,11 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.LogFormat, "log-format", "text", "`format`: text or json")
 	f.BoolVar(&c.ScanOnly, "scan-only", false, "find VMs by scanning /proc only, without process events")
 	f.BoolVar(&c.ListedOnly, "listed-only", false, "manage only the VMs that a file in --vms-dir names")
+	f.IntVar(&c.EventKeep, "event-keep", agent.DefaultEventKeep, "how many events are kept")
+	f.DurationVar(&c.EventMaxAge, "event-max-age", agent.DefaultEventMaxAge, "how long events are kept")
+	f.BoolVar(&c.EventJournal, "event-journal", false, "write events to systemd's journal")
+	f.StringVar(&c.WebhookURL, "webhook-url", "", "`URL` that events are posted to as JSON")
+	f.StringVar(&c.WebhookSecret, "webhook-secret", "", "`file` with the secret with which posted events are signed")
 	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look")
 	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw")
 	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything")
@@ -134,6 +148,10 @@ func wanted(to any) string {
 		return "true or false"
 	case *[]string:
 		return "a list of texts"
+	case *int:
+		return "a number"
+	case *time.Duration:
+		return "a duration, for example 48h"
 	default:
 		return "a text"
 	}
@@ -177,6 +195,12 @@ func (c *config) check() error {
 	case "debug", "info", "warn", "error":
 	default:
 		return c.wrong("log-level", "%q is not debug, info, warn or error", c.LogLevel)
+	}
+	if c.EventKeep < 1 {
+		return c.wrong("event-keep", "%d is less than 1", c.EventKeep)
+	}
+	if c.EventMaxAge <= 0 {
+		return c.wrong("event-max-age", "%s is not more than 0", c.EventMaxAge)
 	}
 	if c.LogFormat != "text" && c.LogFormat != "json" {
 		return c.wrong("log-format", "%q is not text or json", c.LogFormat)

@@ -156,7 +156,7 @@ func serve(ctx context.Context, from source, c config) error {
 	group.Go(func() error {
 		return a.Run(ctx, func() {
 			group.Go(func() error {
-				return rpc.Serve(ctx, listener, rpc.NewHandler(a, rpc.Options{Logger: log.Named("rpc"), Roles: roles, Version: version}), log.Named("rpc"))
+				return rpc.Serve(ctx, listener, rpc.NewHandler(a, rpc.Options{Logger: log.Named("rpc"), Roles: roles, Version: version, Refused: a.CallRefused}), log.Named("rpc"))
 			})
 			log.Info("ready", "version", version, "socket", c.Socket, "metrics", c.MetricsListen)
 			group.Go(func() error { return underSystemd(ctx, client.New(c.Socket), log) })
@@ -179,11 +179,16 @@ func openAgent(ctx context.Context, c config, m *metrics.Metrics, log hclog.Logg
 	if err != nil {
 		return nil, err
 	}
+	sinks, err := sinks(c)
+	if err != nil {
+		return nil, err
+	}
 	return agent.Open(ctx, agent.Config{
 		StateDir: c.StateDir, OverridesDir: c.VMsDir, OverlayDir: c.OverlayDir, MemoryDir: c.MemoryDir, KeepPages: c.KeepPages,
 		Freezing: guards, LaunchGuard: []string{guards.Executable[0], "launch-guard"},
 		PauseGuard: []string{guards.Executable[0], "pause-guard", "--log-level", c.LogLevel, "--log-format", c.LogFormat},
 		ScanOnly:   c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
+		EventKeep: c.EventKeep, EventMaxAge: c.EventMaxAge, Sinks: sinks,
 		OnOperation: m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow, OnPause: m.ObservePause,
 	})
 }

@@ -35,6 +35,7 @@ type Backend struct {
 	snapshots  []agent.SnapshotView
 	operations []op.Record
 	changed    chan struct{} // closed and replaced at each change of an operation
+	events     events
 }
 
 // NewBackend returns a backend that knows nothing.

@@ -25,6 +25,7 @@ func Sample() *Backend {
 	for _, r := range sampleOperations() {
 		b.PutOperation(r)
 	}
+	sampleEvents(b)
 	return b
 }
 

@@ -97,10 +97,17 @@ func (c *cut) mergeDisk(ctx context.Context, d *cutDisk, n int) error {
 	if err != nil {
 		return err
 	}
+	file, err := d.baseDir.Lead(d.Base)
+	if err != nil {
+		return err
+	}
 	merge := blockdev.ActiveMerge{
-		Job: fmt.Sprintf("%s%s-m%d", nodePrefix, c.o.ID(), n), Top: d.overlay().Node, Base: base,
+		Job: blockdev.Job{
+			ID:    fmt.Sprintf("%s%s-m%d", nodePrefix, c.o.ID(), n),
+			Watch: func(j blockdev.JobState) { c.o.Progress(j.Done, j.Total, "bytes") },
+		},
+		Top: d.overlay().Node, Base: blockdev.Target{Node: base, File: file.FileID, Options: d.Options}, PID: c.run.proc.PID,
 		BeforePivot: func(context.Context) error { return d.uncover() },
-		Progress:    func(done, total uint64) { c.o.Progress(done, total, "bytes") },
 	}
 	if err := merge.Run(ctx, s); err != nil {
 		if discover.Same(c.run.proc.PID, c.run.proc.StartTime) {

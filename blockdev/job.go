@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/vmsnap/vmsnap/monitor"
 )
@@ -27,11 +26,13 @@ type JobError struct {
 
 func (e *JobError) Error() string { return fmt.Sprintf("job %s: %s", e.Job, e.Desc) }
 
-// Unwrap returns ENOSPC for what QEMU ends with strerror(ENOSPC): its errors
-// have no code of their own.
+// Unwrap returns ENOSPC, EIO or ECANCELED for what QEMU ends with strerror() of
+// it: its errors have no code of their own.
 func (e *JobError) Unwrap() error {
-	if strings.HasSuffix(strings.ToLower(e.Desc), syscall.ENOSPC.Error()) {
-		return syscall.ENOSPC
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EIO, syscall.ECANCELED} {
+		if strings.HasSuffix(strings.ToLower(e.Desc), errno.Error()) {
+			return errno
+		}
 	}
 	return nil
 }
@@ -55,10 +56,6 @@ func runCreate(ctx context.Context, m Monitor, id string, options map[string]any
 	return dismiss
 }
 
-// endJobTimeout bounds the wait for a job that somebody left: it writes the few
-// clusters of an empty image.
-const endJobTimeout = 60 * time.Second
-
 // endJob awaits the end of a job, if there is one, and dismisses it.
 func endJob(ctx context.Context, m Monitor, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, endJobTimeout)
@@ -66,7 +63,7 @@ func endJob(ctx context.Context, m Monitor, id string) error {
 	sub := m.Subscribe(8, "JOB_STATUS_CHANGE")
 	defer sub.Close()
 	_, err := awaitConcluded(ctx, m, id, changeOf(ctx, sub))
-	if errors.Is(err, errNoJob) {
+	if errors.Is(err, ErrNoJob) {
 		return nil
 	}
 	if err == nil {
@@ -93,8 +90,6 @@ func changeOf(ctx context.Context, sub *monitor.Subscription) func() error {
 	}
 }
 
-var errNoJob = errors.New("there is no such job")
-
 // awaitConcluded asks for the job after each change of any job, and once
 // before the first.
 func awaitConcluded(ctx context.Context, m Monitor, id string, change func() error) (jobInfo, error) {
@@ -105,7 +100,7 @@ func awaitConcluded(ctx context.Context, m Monitor, id string, change func() err
 		}
 		at := slices.IndexFunc(jobs, func(j jobInfo) bool { return j.ID == id })
 		if at < 0 {
-			return jobInfo{}, errNoJob
+			return jobInfo{}, ErrNoJob
 		}
 		if jobs[at].Status == "concluded" {
 			return jobs[at], nil

@@ -25,6 +25,7 @@ func blockDevice(t *testing.T, size string) string {
 		t.Fatalf("losetup: %v", err)
 	}
 	device := strings.TrimSpace(string(out))
+	sh(t, "blockdev", "--setrw", device) // the flag outlives what the device was before
 	t.Cleanup(func() { sh(t, "losetup", "-d", device) })
 	return device
 }
@@ -244,6 +245,25 @@ func TestQEMUAVMThatWasFasterThanTheDaemon(t *testing.T) {
 			t.Errorf("the overlay %+v", overlay)
 		}
 		vm.imageHolds(snapshotDisk{Path: overlay.Path, Format: "qcow2"}, 2, "the overlay")
+	})
+}
+
+// TestQEMUMemoryOfAVMOnABlockDevice is saved beside the overlays.
+func TestQEMUMemoryOfAVMOnABlockDevice(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		vm, h, launch, dir := onDevice(t, q, "devmem-"+q.Name)
+		h.await(vm.name, "paused")
+		vm.write(1)
+		h.must("snapshot", "create", vm.name, "one", "--memory")
+		if out := h.must("snapshot", "show", vm.name+"/one", "-o", "json"); !strings.Contains(out, dir+"/.vmsnap/") {
+			t.Errorf("the memory is not in %s: %s", dir, out)
+		}
+		vm.kill() // QEMU writes to no disk any more, since the VM was paused when its memory was saved
+		h.settledRaw(vm, "stopped")
+		vm.start()
+		vm.holds(1, "started")
+		readOnly(t, launch, false, "started")
+		vm.imageHolds(h.snapshot(vm.name + "/one").Disks[0], 1, "the snapshot")
 	})
 }
 

@@ -89,8 +89,15 @@ func (c *cut) prepareMemory(ctx context.Context) (err error) {
 	if err := c.startPauseGuard(ctx); err != nil {
 		return c.memoryFailed(err)
 	}
-	c.run.setSaving(true)
-	c.o.Cleanup(func() { c.run.setSaving(false) })
+	run := c.run
+	if m.Strategy == memdump.Background && !c.cfg.KeepPages {
+		if err := run.huge.beforeSave(run.proc.PID); err != nil {
+			c.o.Logger().Warn("huge pages cannot be counted, and will not be put back", "error", err)
+		}
+		c.o.Cleanup(func() { run.huge.afterSave(c, run.proc.PID) })
+	}
+	run.setSaving(true)
+	c.o.Cleanup(func() { run.setSaving(false) })
 	m.save, err = memdump.Prepare(ctx, memdump.Config{
 		Session: c.session, Strategy: m.Strategy, Facts: m.facts, ID: c.o.ID(), Target: m.file.Target(), Guard: m.guard,
 		PID: c.run.proc.PID, MaxPause: c.req.MaxPause,

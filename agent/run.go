@@ -26,6 +26,7 @@ type run struct {
 	proc   discover.Process
 	cancel context.CancelFunc
 	ended  chan struct{} // closed when follow has returned
+	huge   hugePages
 
 	mu       sync.Mutex
 	session  *monitor.Session // nil while there is none

@@ -1,0 +1,56 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"github.com/vmsnap/vmsnap/memdump"
+)
+
+// hugePages puts back what tracking writes does to the memory of one QEMU: the
+// guest runs on small pages afterwards, which is slower, and makes the pause of
+// the next save longer. It works in the background, and stops for a save.
+type hugePages struct {
+	mu     sync.Mutex
+	before memdump.HugePages // before the first save
+	stop   context.CancelFunc
+	ended  chan struct{} // closed when nothing is being put back; nil before the first time
+}
+
+// beforeSave notes what there is, and ends what is still being put back.
+func (h *hugePages) beforeSave(pid int) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.ended != nil {
+		h.stop()
+		<-h.ended
+		return nil // what was noted then is as good, and more
+	}
+	var err error
+	h.before, err = memdump.QueryHugePages(pid)
+	return err
+}
+
+// afterSave begins to put back what is missing.
+func (h *hugePages) afterSave(c *cut, pid int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.before.Bytes() == 0 {
+		return
+	}
+	ctx, stop := c.leaving(context.Background())
+	ended := make(chan struct{})
+	h.stop, h.ended = stop, ended
+	log, before := c.o.Logger(), h.before
+	c.group.Go(func() {
+		defer close(ended)
+		defer stop()
+		r, err := memdump.Collapse(ctx, pid, memdump.CollapseOptions{Before: before})
+		if err != nil && !errors.Is(err, context.Canceled) && context.Cause(ctx) == nil {
+			log.Warn("the guest's huge pages are not put back", "error", err)
+			return
+		}
+		log.Info("huge pages put back", "before", r.Before, "found", r.Found, "now", r.After, "cpu", r.CPU, "took", r.Elapsed)
+	})
+}

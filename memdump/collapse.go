@@ -41,8 +41,8 @@ const (
 // CollapseOptions say what to put back, and at which cost.
 type CollapseOptions struct {
 	// Before is the picture from before the save. A region gets back as much as
-	// it had then and no more. The picture from before the first of several
-	// saves is as good, and does not lose what each leaves out.
+	// it had then and no more. After several saves it is the Most of their
+	// pictures.
 	Before HugePages
 	// Share is how much of one core may be used, over the whole of it, above 0
 	// and at most 1; 0 is DefaultCollapseShare.
@@ -163,7 +163,7 @@ func (c *collapser) finish(before HugePages) error {
 func (c *collapser) measure(before HugePages) (HugePages, error) {
 	all, err := mappings(c.pid)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) || err == nil && len(all) == 0 {
-		return before, errQEMUEnded
+		return before, ErrQEMUEnded
 	}
 	if err != nil {
 		return before, err
@@ -267,7 +267,7 @@ func (c *collapser) chunkAt(address uint64) (bool, error) {
 	case errors.Is(err, unix.EINVAL):
 		c.result.Left.Refused++
 	case errors.Is(err, unix.ESRCH):
-		return false, errQEMUEnded
+		return false, ErrQEMUEnded
 	default:
 		return false, notPermitted(err)
 	}

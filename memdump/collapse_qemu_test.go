@@ -146,7 +146,7 @@ func TestQEMUCollapseEnds(t *testing.T) {
 		}
 		other := before
 		other.StartTime++
-		if r, err := Collapse(g.ctx(), g.PID(), CollapseOptions{Before: other}); !errors.Is(err, errQEMUEnded) {
+		if r, err := Collapse(g.ctx(), g.PID(), CollapseOptions{Before: other}); !errors.Is(err, ErrQEMUEnded) {
 			t.Errorf("another process of this number: %+v, %v", r, err)
 		}
 		if now := g.hugePages().Bytes(); now > split {
@@ -180,10 +180,10 @@ func TestQEMUCollapseEnds(t *testing.T) {
 		}
 
 		time.AfterFunc(100*time.Millisecond, g.Kill)
-		if _, err := Collapse(g.ctx(), g.PID(), CollapseOptions{Before: before, Share: 0.01}); !errors.Is(err, errQEMUEnded) {
+		if _, err := Collapse(g.ctx(), g.PID(), CollapseOptions{Before: before, Share: 0.01}); !errors.Is(err, ErrQEMUEnded) {
 			t.Errorf("QEMU was killed: %v", err)
 		}
-		if _, err := Collapse(g.ctx(), g.PID(), slow); !errors.Is(err, errQEMUEnded) {
+		if _, err := Collapse(g.ctx(), g.PID(), slow); !errors.Is(err, ErrQEMUEnded) {
 			t.Errorf("QEMU is gone: %v", err)
 		}
 	})

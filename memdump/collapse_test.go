@@ -7,6 +7,7 @@ import (
 	"testing"
 	"unsafe"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
 
@@ -28,6 +29,42 @@ func TestMissingChunks(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			if got := missingChunks(HugeRegion{Huge: test.before * chunk}, HugeRegion{Huge: test.now * chunk}, chunk); got != test.want {
 				t.Errorf("%d chunks missing, want %d", got, test.want)
+			}
+		})
+	}
+}
+
+func TestMostHugePages(t *testing.T) {
+	region := func(start, end, huge uint64) HugeRegion { return HugeRegion{Start: start, End: end, Huge: huge} }
+	tests := map[string]struct {
+		before, later, want HugePages
+	}{
+		"nothing before": {HugePages{}, HugePages{1, []HugeRegion{region(0, 10, 4)}}, HugePages{1, []HugeRegion{region(0, 10, 4)}}},
+		"less and more": {
+			HugePages{1, []HugeRegion{region(0, 10, 4), region(20, 30, 4)}},
+			HugePages{1, []HugeRegion{region(0, 10, 6), region(20, 30, 2)}},
+			HugePages{1, []HugeRegion{region(0, 10, 6), region(20, 30, 4)}},
+		},
+		"nothing left": {
+			HugePages{1, []HugeRegion{region(0, 10, 4)}},
+			HugePages{1, nil},
+			HugePages{1, []HugeRegion{region(0, 10, 4)}},
+		},
+		"mapped anew": {
+			HugePages{1, []HugeRegion{region(0, 10, 8)}},
+			HugePages{1, []HugeRegion{region(5, 15, 2)}},
+			HugePages{1, []HugeRegion{region(5, 15, 2)}},
+		},
+		"another process": {
+			HugePages{1, []HugeRegion{region(0, 10, 8)}},
+			HugePages{2, []HugeRegion{region(0, 10, 2)}},
+			HugePages{2, []HugeRegion{region(0, 10, 2)}},
+		},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			if diff := cmp.Diff(test.want, test.before.Most(test.later)); diff != "" {
+				t.Errorf("-want +got\n%s", diff)
 			}
 		})
 	}

@@ -34,6 +34,12 @@ const (
 	// measureWithin bounds the measuring of the dirty rate, which takes as long
 	// as it was asked to, and less than a second more.
 	measureWithin = 5 * time.Second
+	// stuckAsk bounds the question whether a save goes on: a main loop that is
+	// stuck itself never answers.
+	stuckAsk = 2 * time.Second
+	// stuckSilent is how long a QEMU is watched that does not answer. A save
+	// that goes on serves who waits for it between any two pages.
+	stuckSilent = 3 * time.Second
 )
 
 // Between two looks at a save. QEMU reports changes of its state as events,
@@ -49,4 +55,10 @@ const (
 	measureTime = 300 * time.Millisecond
 	// measurePoll is short beside what is measured.
 	measurePoll = 20 * time.Millisecond
+	// stuckSettle lies between two looks at a QEMU that says that its save has
+	// ended: from 8.1 on it says so an instant before it lifts the protection.
+	stuckSettle = 500 * time.Millisecond
+	// stuckEvery lies between two looks at the threads of a QEMU that does not
+	// answer.
+	stuckEvery = 250 * time.Millisecond
 )

@@ -38,8 +38,20 @@
 // caller before, so that whoever comes after can put them back
 // ([Settings.Restore]) or take the save over ([Adopt]).
 //
+// Should a save have frozen a guest all the same, another client's or one whose
+// disk went bad, [Stuck] recognises it from outside, also when QEMU does not
+// answer any more, and [Rescue] ends it.
+//
+// # Huge pages
+//
+// Tracking writes splits the transparent huge pages of the guest's memory for
+// good, which makes the guest slower and the pause of the next save longer.
+// [QueryHugePages] notes before a save what there is, and [Collapse] puts it
+// back afterwards, from outside and for little CPU time.
+//
 // # Concurrency
 //
 // A [Save] is for one goroutine; it runs none of its own. A [File] may be
-// followed while QEMU writes it.
+// followed while QEMU writes it. What looks at processes from outside may be
+// called from any goroutine.
 package memdump

@@ -34,6 +34,9 @@ var (
 	// ErrUnsafeTarget: on this version of QEMU a save into this file could
 	// freeze the guest for good, so it is not begun.
 	ErrUnsafeTarget = errors.New("this QEMU may freeze the guest for good when it cannot write")
+
+	// ErrQEMUEnded: the process has ended, and its number may be another's.
+	ErrQEMUEnded = errors.New("the QEMU process has ended")
 )
 
 // An UnsuitableError says that a VM cannot be saved by a strategy, or, if

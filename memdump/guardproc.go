@@ -1,7 +1,6 @@
 package memdump
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -20,10 +18,7 @@ import (
 )
 
 // Why a guard stops trying.
-var (
-	errQEMUEnded = errors.New("the QEMU process has ended")
-	errGaveUp    = errors.New("the VM could not be resumed; the attempts have ended")
-)
+var errGaveUp = errors.New("the VM could not be resumed; the attempts have ended")
 
 // RunGuard is the body of a guard process, which StartGuard has started and
 // whose descriptors it inherits. It returns when the agent has closed its pipe,
@@ -113,29 +108,24 @@ func (k *pauseKeeper) readHello(deadline time.Time) (string, error) {
 func openProcess(pid int, start uint64) (int, error) {
 	fd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
-		return -1, errQEMUEnded
+		return -1, ErrQEMUEnded
 	}
 	if err != nil {
 		return -1, fmt.Errorf("open process %d: %w", pid, err)
 	}
 	// Asked after opening: the descriptor cannot mean another process then.
 	if found, err := startTime(pid); err != nil || found != start {
-		return -1, errors.Join(errQEMUEnded, err, unix.Close(fd))
+		return -1, errors.Join(ErrQEMUEnded, err, unix.Close(fd))
 	}
 	return fd, nil
 }
 
 // startTime returns when a process started, in clock ticks since boot (proc(5),
-// stat field 22). The program's name in that file may hold anything.
+// stat field 22).
 func startTime(pid int) (uint64, error) {
-	path := "/proc/" + strconv.Itoa(pid) + "/stat"
-	b, err := os.ReadFile(path)
+	fields, err := statFields(procPath(pid, "stat"))
 	if err != nil {
 		return 0, err
-	}
-	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-	if len(fields) < 20 {
-		return 0, fmt.Errorf("%s: %d fields after the name", path, len(fields))
 	}
 	return strconv.ParseUint(fields[19], 10, 64)
 }
@@ -273,7 +263,7 @@ func (k *pauseKeeper) takeOver(ctx context.Context) error {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			if errors.Is(context.Cause(ctx), errQEMUEnded) {
+			if errors.Is(context.Cause(ctx), ErrQEMUEnded) {
 				return nil
 			}
 			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
@@ -286,7 +276,7 @@ func (k *pauseKeeper) awaitExit(ctx context.Context, end context.CancelCauseFunc
 	none := &wordPipe{fd: -1}
 	for ctx.Err() == nil {
 		if _, exited, err := none.await(k.qemu, time.Now().Add(lastAttempt)); exited || err != nil {
-			end(errors.Join(errQEMUEnded, err))
+			end(errors.Join(ErrQEMUEnded, err))
 			return
 		}
 	}

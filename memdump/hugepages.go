@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -30,6 +31,28 @@ func (h HugePages) Bytes() uint64 {
 		sum += r.Huge
 	}
 	return sum
+}
+
+// Most returns for each region the larger of what two pictures of one QEMU say,
+// of which later is the newer. It is what to put back after a save, when not
+// all was put back after the save before: later alone would lose a little more
+// each time. What has been mapped anew since, or is another process's, goes by
+// later.
+func (h HugePages) Most(later HugePages) HugePages {
+	most := HugePages{StartTime: later.StartTime, Regions: slices.Clone(later.Regions)}
+	if h.StartTime != later.StartTime {
+		return most
+	}
+	for _, old := range h.Regions {
+		i := slices.IndexFunc(later.Regions, func(r HugeRegion) bool { return r.Start < old.End && old.Start < r.End })
+		switch {
+		case i < 0: // all of it is split, or it is gone
+			most.Regions = append(most.Regions, old)
+		case old.Start == later.Regions[i].Start && old.End == later.Regions[i].End:
+			most.Regions[i].Huge = max(old.Huge, later.Regions[i].Huge)
+		}
+	}
+	return most
 }
 
 // QueryHugePages takes the picture of a QEMU. The kernel walks the page tables
@@ -127,7 +150,7 @@ func (p *pageTable) whole(address uint64) (bool, error) {
 	offset := address / uint64(os.Getpagesize()) * pageEntrySize
 	_, err := p.file.ReadAt(p.buf, int64(offset))
 	if errors.Is(err, io.EOF) { // it has no memory any more
-		return false, errQEMUEnded
+		return false, ErrQEMUEnded
 	}
 	if err != nil {
 		return false, err

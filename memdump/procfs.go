@@ -51,6 +51,21 @@ func statusFields(b []byte) map[string][]string {
 	return fields
 }
 
+// statFields reads what follows the program's name, which may hold anything, in
+// the stat file of a process or a thread: 22 fields and more of proc(5), the
+// first of which is field 3.
+func statFields(path string) ([]string, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	if len(fields) < 20 {
+		return nil, fmt.Errorf("%s: %d fields after the name", path, len(fields))
+	}
+	return fields, nil
+}
+
 // kilobytes reads "123 kB" as a number of bytes, 0 if it is none.
 func kilobytes(words []string) uint64 {
 	if len(words) != 2 || words[1] != "kB" {

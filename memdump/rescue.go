@@ -23,20 +23,6 @@ var (
 	ErrUndecided = errors.New("it cannot be told whether a save goes on")
 )
 
-const (
-	// stuckAsk bounds the question to QEMU: a main loop that is stuck itself
-	// never answers.
-	stuckAsk = 2 * time.Second
-	// stuckSettle lies between two looks at a QEMU that says that its save has
-	// ended: from 8.1 on it says so an instant before it lifts the protection.
-	stuckSettle = 500 * time.Millisecond
-	// stuckSilent is how long a QEMU is watched that does not answer. A save
-	// that goes on serves who waits for it between any two pages.
-	stuckSilent = 3 * time.Second
-	// stuckEvery lies between two looks at the threads of such a QEMU.
-	stuckEvery = 250 * time.Millisecond
-)
-
 // Flags of a mapping whose faults userfaultfd handles.
 const (
 	flagTracked = "uw" // of writes: a background save
@@ -249,7 +235,7 @@ func stillRuns(pidfd int) error {
 		return fmt.Errorf("watch the process: %w", err)
 	}
 	if n > 0 {
-		return errQEMUEnded
+		return ErrQEMUEnded
 	}
 	return nil
 }

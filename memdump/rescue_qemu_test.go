@@ -261,7 +261,7 @@ func TestQEMUStuckGuest(t *testing.T) {
 			g.wantStandsStill()
 			other := g.suspect()
 			other.StartTime++
-			if r, err := Rescue(g.ctx(), other); !errors.Is(err, errQEMUEnded) {
+			if r, err := Rescue(g.ctx(), other); !errors.Is(err, ErrQEMUEnded) {
 				t.Errorf("another process of this number: %+v, %v", r, err)
 			}
 			if r := g.wantStuck(g.suspect()); r.Blocked == 0 {

@@ -17,9 +17,17 @@ type thread struct {
 	state    string // of proc(5): "R", "S", "D", "T", …
 	faulting bool   // it waits for userfaultfd to let it write or read
 	running  bool   // in user space, or about to be
+	kernels  bool   // the kernel's own thread on the process's behalf: vhost, io_uring
 	call     int    // the system call that it is in; -1 for none
 	switches string // how often it has waited for something
 }
+
+// Flags of a thread that runs in the kernel only and has no system call to be
+// in (PF_IO_WORKER, PF_USER_WORKER of Linux 6.4 in include/linux/sched.h).
+const (
+	flagIOWorker   = 0x00000010
+	flagUserWorker = 0x00004000
+)
 
 // threads reads what the threads of a process do.
 func threads(pid int) ([]thread, error) {
@@ -59,6 +67,15 @@ func readThread(dir string) (thread, error) {
 	if err != nil {
 		return t, err
 	}
+	stat, err := statFields(dir + "/stat")
+	if err != nil {
+		return t, err
+	}
+	flags, err := strconv.ParseUint(stat[6], 10, 32) // field 9
+	if err != nil {
+		return t, fmt.Errorf("%s/stat: flags: %w", dir, err)
+	}
+	t.kernels = flags&(flagIOWorker|flagUserWorker) != 0
 	t.faulting = string(wchan) == "handle_userfault"
 	if t.call, t.running, err = parseCall(string(call)); err != nil {
 		return t, err
@@ -104,7 +121,7 @@ var idleCalls = append([]int{
 // memory to a target. One that runs is not: it would serve those who wait for
 // userfaultfd before long.
 func (t thread) mayBeSaving() bool {
-	if t.running || t.faulting {
+	if t.running || t.faulting || t.kernels {
 		return false
 	}
 	return !slices.Contains(idleCalls, t.call)

@@ -276,3 +276,29 @@ func TestQEMUDaemonKilledSettlingADevice(t *testing.T) {
 		h.killedInConversions(vm, calls, "pwrite64", "fsync", "ioctl", "unlinkat")
 	})
 }
+
+// TestQEMUDaemonKilledWritingToADevice kills the daemon at each thing that it
+// does to the device. An early start never finds what was half done.
+func TestQEMUDaemonKilledWritingToADevice(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		vm, h, launch, _ := onDevice(t, q, "devicewrite-"+q.Name)
+		device, err := os.Readlink(launch)
+		if err != nil {
+			t.Fatal(err)
+		}
+		round, killed := 0, map[string]int{}
+		for _, call := range []string{"pwrite64", "fsync", "ioctl"} {
+			for n := 1; ; n++ {
+				round++
+				if died, _ := h.convertRound(vm, round, call, n, device, launch); !died {
+					break
+				}
+				killed[call]++
+			}
+			if killed[call] == 0 {
+				t.Errorf("the daemon was never killed at %s: the tracer does not see it", call)
+			}
+		}
+		t.Logf("killed at %v", killed)
+	})
+}

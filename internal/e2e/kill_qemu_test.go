@@ -18,11 +18,16 @@ import (
 var effects = []string{"linkat", "renameat", "fsync", "ioctl", "fchown", "fchmod", "unlinkat", "mkdirat"}
 
 // killAt arranges that the daemon is killed as it enters a system call for the
-// n-th time. The processes that the daemon starts are let go as they begin.
-func (h *host) killAt(call string, n int) *exec.Cmd {
+// n-th time, on one of some files if they are given. The processes that the
+// daemon starts are let go as they begin.
+func (h *host) killAt(call string, n int, files ...string) *exec.Cmd {
 	h.t.Helper()
-	tracer := exec.Command("strace", "-f", "-b", "execve", "-q", "-o", "/dev/null", "-e", "trace="+call,
-		"-e", fmt.Sprintf("inject=%s:signal=SIGKILL:when=%d", call, n), "-p", fmt.Sprint(h.daemon.Process.Pid))
+	args := []string{"-f", "-b", "execve", "-q", "-o", "/dev/null", "-e", "trace=" + call,
+		"-e", fmt.Sprintf("inject=%s:signal=SIGKILL:when=%d", call, n), "-p", fmt.Sprint(h.daemon.Process.Pid)}
+	for _, f := range files {
+		args = append(args, "-P", f)
+	}
+	tracer := exec.Command("strace", args...)
 	if err := tracer.Start(); err != nil {
 		h.t.Fatal(err)
 	}

@@ -256,7 +256,7 @@ func (h *host) killedInConversions(vm *still, calls []string, must ...string) {
 	for _, call := range calls {
 		for n := 1; ; n++ {
 			round++
-			died, came := h.convertRound(vm, call, n, round)
+			died, came := h.convertRound(vm, round, call, n)
 			if came {
 				early++
 			}
@@ -275,7 +275,7 @@ func (h *host) killedInConversions(vm *still, calls []string, must ...string) {
 }
 
 // convertRound is one conversion under the tracer.
-func (h *host) convertRound(vm *still, call string, n, round int) (killed, came bool) {
+func (h *host) convertRound(vm *still, round int, call string, n int, files ...string) (killed, came bool) {
 	h.t.Helper()
 	when, name := fmt.Sprintf("killed at %s %d", call, n), fmt.Sprint("s", round)
 	atCut := round*2%250 + 1
@@ -286,7 +286,7 @@ func (h *host) convertRound(vm *still, call string, n, round int) (killed, came 
 	covered := ledger{}
 	covered.cover(h.t, h.snapshot(vm.name+"/"+name))
 	vm.write(newest)
-	tracer := h.killAt(call, n)
+	tracer := h.killAt(call, n, files...)
 	vm.kill()
 	killed = h.diedOr(tracer, func() error { return h.unsettled(vm.name) })
 	if came = vm.tooEarly(newest, when); came {

@@ -182,6 +182,17 @@ func TestQEMUWithoutRights(t *testing.T) {
 	}
 }
 
+// TestQEMUBlocked has a device that cannot be migrated.
+func TestQEMUBlocked(t *testing.T) {
+	eachStill(t, func(t *testing.T, q *still) {
+		f := q.probe()
+		var unsuitable *UnsuitableError
+		if _, err := Choose(f, ""); len(f.Blocked) == 0 || !errors.As(err, &unsuitable) || !strings.Contains(err.Error(), "ivshmem") {
+			t.Errorf("%+v: %v", f, err)
+		}
+	}, "-object", "memory-backend-file,id=m1,size=1M,share=on,mem-path=/dev/shm", "-device", "ivshmem-plain,memdev=m1")
+}
+
 // TestQEMUNeverStarted saves a VM that its owner has not let run yet.
 func TestQEMUNeverStarted(t *testing.T) {
 	eachStill(t, func(t *testing.T, q *still) {

@@ -159,8 +159,10 @@ func (s *Save) Settings() Settings { return s.settings }
 // and cut may or may not have been called; what has begun is to be ended with
 // Cancel. ErrResumed means that the save goes on and is worth nothing.
 //
-// cut must do what is needed and nothing else: the guest waits for it. Its
-// context ends with the pause's limit. progress is called by this goroutine,
+// cut must do what is needed and nothing else: the guest waits for it. So does it
+// for QEMU's stop, which flushes every image: what the host has not written of
+// them yet is better synced before. The context of cut ends with the pause's
+// limit. progress is called by this goroutine,
 // and not in a pause except that of Stopped; it may be nil.
 func (s *Save) Cut(ctx context.Context, cut func(context.Context) error, progress func(Progress)) (Pause, error) {
 	if s.begun {

@@ -53,7 +53,7 @@ func parametersFor(strategy Strategy) map[string]any {
 	want := map[string]any{
 		parTLS:       "",       // a file does not do the handshake
 		parMode:      "normal", // not for a restart of QEMU on this host
-		parZeroPages: "legacy", // may be off, and the file would not be sparse
+		parZeroPages: "legacy", // "none" would write zeros as they are
 	}
 	if strategy != Background { // which knows no limit
 		want[parMaxBandwidth] = 0
@@ -131,7 +131,10 @@ func plan(ctx context.Context, s *monitor.Session, strategy Strategy, tracked bo
 			return changes{}, Settings{}, err
 		}
 		now, ok := parameters[name]
-		if ok && !bytes.Equal(now, wanted) { // a version without it does not need it
+		switch {
+		case !ok || bytes.Equal(now, wanted): // a version without it does not need it
+		case name == parZeroPages && string(now) != `"none"`: // all others find them
+		default:
 			todo.parameters[name], old.Parameters[name] = value, now
 		}
 	}

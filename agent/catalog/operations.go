@@ -157,11 +157,22 @@ func (r reader) OperationByRequest(ctx context.Context, uid uint32, requestID st
 		uid, requestID, nanos(r.now().Add(-op.RequestRetention)))
 }
 
-// Purge forgets the request ids that are older than op.RequestRetention. Their
-// operations stay.
+// Purge forgets the request ids that are older than op.RequestRetention, and the
+// operations that have ended and that op.OperationRetention and
+// op.OperationsKept do not keep.
 func (c *Catalog) Purge(ctx context.Context) error {
+	return c.purge(ctx, op.OperationsKept)
+}
+
+func (c *Catalog) purge(ctx context.Context, kept int) error {
 	return c.Update(ctx, func(tx *Tx) error {
 		_, err := tx.exec(ctx, "DELETE FROM requests WHERE created < ?", nanos(tx.now().Add(-op.RequestRetention)))
+		if err != nil {
+			return err
+		}
+		_, err = tx.exec(ctx, `DELETE FROM operations WHERE ended <> 0 AND id NOT IN (SELECT operation FROM requests)
+			AND (ended < ? OR seq <= (SELECT seq FROM operations ORDER BY seq DESC LIMIT 1 OFFSET ?))`,
+			nanos(tx.now().Add(-op.OperationRetention)), kept)
 		return err
 	})
 }

@@ -123,6 +123,46 @@ func TestRequestIDs(t *testing.T) {
 	}
 }
 
+func TestOperationsArePurged(t *testing.T) {
+	ctx, c := t.Context(), openTest(t, t.TempDir())
+	now := epoch
+	c.now = func() time.Time { return now }
+	create := func(id, request string, ended time.Time) {
+		t.Helper()
+		rec := record(id, "vm")
+		rec.RequestID = request
+		check(t, c.CreateOperation(ctx, rec))
+		if !ended.IsZero() {
+			rec.State, rec.Ended = op.Succeeded, ended
+			check(t, c.UpdateOperation(ctx, rec))
+		}
+	}
+	left := func() (ids []string) {
+		t.Helper()
+		all, err := c.Operations(ctx, op.Filter{})
+		check(t, err)
+		for _, rec := range all {
+			ids = append(ids, rec.ID)
+		}
+		return ids
+	}
+	create("running", "", time.Time{})
+	create("old", "", epoch)
+	create("older", "", epoch.Add(-time.Nanosecond))
+	now = epoch.Add(op.OperationRetention)
+	create("asked", "key", epoch.Add(-time.Hour))
+	check(t, c.Purge(ctx))
+	same(t, "by age", left(), []string{"asked", "old", "running"})
+	for _, id := range []string{"a", "b", "c"} {
+		create(id, "", now)
+	}
+	check(t, c.purge(ctx, 2))
+	same(t, "by number", left(), []string{"c", "b", "asked", "running"})
+	now = now.Add(op.RequestRetention + 1)
+	check(t, c.purge(ctx, 2))
+	same(t, "without its request id", left(), []string{"c", "b", "running"})
+}
+
 func TestJournal(t *testing.T) {
 	ctx, c := t.Context(), openTest(t, t.TempDir())
 	c.now = func() time.Time { return epoch }

@@ -33,6 +33,14 @@ type Store interface {
 // RequestRetention is how long a request id stands for its operation.
 const RequestRetention = 30 * 24 * time.Hour
 
+// OperationRetention is how long an operation is kept after its end, and
+// OperationsKept how many are. One whose request id still stands for it is kept
+// in any case.
+const (
+	OperationRetention = 90 * 24 * time.Hour
+	OperationsKept     = 10000
+)
+
 // Filter chooses operations.
 type Filter struct {
 	VMID   string // of one VM only, unless empty

@@ -70,7 +70,8 @@ func (l *lines) steps(o *vmsnapv1.Operation, line func(mark string, s *vmsnapv1.
 }
 
 // turn returns what to say of a state that was not there before and that the
-// steps do not tell of.
+// steps do not tell of. An operation that has just begun is queued for a moment,
+// which is nothing to tell.
 func (l *lines) turn(o *vmsnapv1.Operation) (string, bool) {
 	before := l.state
 	l.state = o.GetState()
@@ -78,8 +79,6 @@ func (l *lines) turn(o *vmsnapv1.Operation) (string, bool) {
 		return "", false
 	}
 	switch l.state {
-	case vmsnapv1.OperationState_OPERATION_STATE_QUEUED:
-		return "waiting for its turn", true
 	case vmsnapv1.OperationState_OPERATION_STATE_CANCELLING:
 		return "cancelling", true
 	case vmsnapv1.OperationState_OPERATION_STATE_REVERTING:

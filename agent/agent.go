@@ -33,6 +33,7 @@ type Config struct {
 	EventKeep    int           // how many events are kept; 0: DefaultEventKeep
 	EventMaxAge  time.Duration // how old they get; 0: DefaultEventMaxAge
 	Sinks        []event.Sink  // where events are passed on to
+	ScheduleCaps ScheduleCaps  // what schedules may keep
 	// OnOperation, when not nil, is called with every operation that ends.
 	OnOperation func(op.Record)
 	// OnFreezeWindow, when not nil, is called with every freeze window.
@@ -48,7 +49,12 @@ type Agent struct {
 	catalog *catalog.Catalog
 	ops     *op.Runner
 	news    *news
-	reloads chan reloading
+	// create is CreateSnapshot, clock time.Now; tests have their own.
+	create    func(context.Context, SnapshotRequest) (op.Record, error)
+	clock     func() time.Time
+	scheduler *scheduler
+	deleter   Deleter // nil while nothing can delete snapshots
+	reloads   chan reloading
 
 	// recording is held while a VM's coming, going or being forgotten is
 	// recorded, so that the catalog has them in the order in which they
@@ -75,11 +81,14 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Agent{
+	a := &Agent{
 		cfg: cfg, log: cfg.Logger, catalog: cat, overrides: overrides,
 		ops: op.NewRunner(cat, cfg.Logger.Named("operation")), news: newNews(cat, cfg.Logger.Named("event")),
 		vms: map[string]*vm{}, reloads: make(chan reloading), stopping: make(chan struct{}),
-	}, nil
+		clock: time.Now, scheduler: newScheduler(),
+	}
+	a.create = a.CreateSnapshot
+	return a, nil
 }
 
 // Close closes an Agent that was not run. Run closes it by itself.
@@ -126,6 +135,7 @@ func (a *Agent) run(ctx context.Context, ready func()) error {
 		a.group.Go(func() {
 			a.recover(ctx)
 			a.news.tell(event.Event{Kind: event.AgentStarted, Severity: event.Info, Message: "vmsnapd serves requests"})
+			a.group.Go(func() { a.followSchedules(ctx) })
 			ready()
 		})
 	})
@@ -148,7 +158,7 @@ func (a *Agent) run(ctx context.Context, ready func()) error {
 	}
 }
 
-// purge forgets request ids and operations that are older than they are kept for.
+// purge forgets request ids that are older than they are kept for.
 func (a *Agent) purge(ctx context.Context) {
 	daily := time.NewTicker(24 * time.Hour)
 	defer daily.Stop()

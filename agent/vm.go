@@ -189,6 +189,7 @@ func (a *Agent) started(ctx context.Context, p discover.Process) {
 	v.runs = append(v.runs, r)
 	v.mu.Unlock()
 	a.tellRun(before, known, rec, p)
+	a.scheduler.wake()
 	a.log.Info("VM started", "vm", rec.Name, "pid", p.PID, "unit", p.Cgroup.Unit)
 	a.group.Go(func() { a.follow(runCtx, v, r) })
 }

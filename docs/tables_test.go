@@ -263,6 +263,32 @@ func TestProblems(t *testing.T) {
 	}
 }
 
+func TestFindings(t *testing.T) {
+	codes := map[string]bool{}
+	syntax(t, "../agent", func(n ast.Node) {
+		switch n := n.(type) {
+		case *ast.ValueSpec:
+			if code, ok := constant(n); ok && strings.HasPrefix(n.Names[0].Name, "find") {
+				codes[code] = true
+			}
+		case *ast.CompositeLit:
+			if name(n.Type) != "Finding" {
+				return
+			}
+			for _, e := range n.Elts {
+				if pair, keyed := e.(*ast.KeyValueExpr); keyed && name(pair.Key) == "Code" {
+					if code, ok := text(pair.Value); ok {
+						codes[code] = true
+					}
+				}
+			}
+		}
+	})
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(codes)), column(table(t, "exit-codes.md", "finding"), 0)); diff != "" {
+		t.Errorf("exit-codes.md and the code differ (-code +document):\n%s", diff)
+	}
+}
+
 // oneVM is a host with something in every metric.
 type oneVM struct{}
 

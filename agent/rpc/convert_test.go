@@ -92,6 +92,7 @@ func TestEveryFieldIsConverted(t *testing.T) {
 		"Operation": operationProto(filled[op.Record]()),
 		"Snapshot":  snapshotProto(snapshot),
 		"Plan":      planProto(filled[agent.Plan]()),
+		"Finding":   findingProto(filled[agent.Finding]()),
 		"Event":     eventProto(filled[event.Event]()),
 	} {
 		empty(t, name, m.ProtoReflect())

@@ -99,3 +99,9 @@ func layerProto(l agent.LayerView) *vmsnapv1.Layer {
 		Immutable:   l.Immutable,
 	}
 }
+
+func findingProto(f agent.Finding) *vmsnapv1.Finding {
+	return &vmsnapv1.Finding{
+		Code: text(f.Code), Message: text(f.Message), Hint: text(f.Hint), Repairable: f.Repairable, Repaired: f.Repaired,
+	}
+}

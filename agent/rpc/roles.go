@@ -45,11 +45,13 @@ func (r Role) String() string {
 
 // needed is the role that each procedure needs. What is not in it is refused.
 var needed = map[string]Role{
-	vmsnapv1connect.VMServiceListVMsProcedure:  Viewer,
-	vmsnapv1connect.VMServiceGetVMProcedure:    Viewer,
-	vmsnapv1connect.VMServiceFreezeVMProcedure: Operator,
-	vmsnapv1connect.VMServiceThawVMProcedure:   Operator,
-	vmsnapv1connect.VMServiceForgetVMProcedure: Admin,
+	vmsnapv1connect.VMServiceListVMsProcedure:    Viewer,
+	vmsnapv1connect.VMServiceGetVMProcedure:      Viewer,
+	vmsnapv1connect.VMServiceFreezeVMProcedure:   Operator,
+	vmsnapv1connect.VMServiceThawVMProcedure:     Operator,
+	vmsnapv1connect.VMServiceDiagnoseVMProcedure: Viewer,
+	vmsnapv1connect.VMServiceRepairVMProcedure:   Operator,
+	vmsnapv1connect.VMServiceForgetVMProcedure:   Admin,
 
 	vmsnapv1connect.SnapshotServiceListSnapshotsProcedure:  Viewer,
 	vmsnapv1connect.SnapshotServiceGetSnapshotProcedure:    Viewer,

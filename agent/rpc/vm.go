@@ -78,3 +78,25 @@ func (s vmService) ThawVM(ctx context.Context, req *connect.Request[vmsnapv1.Tha
 		FreezeWindow: durationpb.New(result.Window),
 	}), nil
 }
+
+func (s vmService) DiagnoseVM(ctx context.Context, req *connect.Request[vmsnapv1.DiagnoseVMRequest]) (*connect.Response[vmsnapv1.DiagnoseVMResponse], error) {
+	if err := checkRef("vm", req.Msg.GetVm()); err != nil {
+		return nil, err
+	}
+	findings, err := s.backend.Diagnose(ctx, req.Msg.GetVm())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.DiagnoseVMResponse{Findings: each(findings, findingProto)}), nil
+}
+
+func (s vmService) RepairVM(ctx context.Context, req *connect.Request[vmsnapv1.RepairVMRequest]) (*connect.Response[vmsnapv1.RepairVMResponse], error) {
+	if err := checkRef("vm", req.Msg.GetVm()); err != nil {
+		return nil, err
+	}
+	findings, err := s.backend.Repair(ctx, req.Msg.GetVm())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.RepairVMResponse{Findings: each(findings, findingProto)}), nil
+}

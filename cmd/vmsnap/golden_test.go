@@ -109,6 +109,10 @@ func TestOutput(t *testing.T) {
 				return agent.ThawResult{Window: 30 * time.Second}, nil
 			}})
 		}},
+		"doctor":                {line: "doctor web"},
+		"doctor-finds":          {line: "doctor legacy"},
+		"doctor-json":           {line: "doctor legacy -o json"},
+		"doctor-repairs":        {line: "doctor legacy --repair"},
 		"usage-unknown-command": {line: "snapshot creat web"},
 		"usage-unknown-flag":    {line: "snapshot create web --ram"},
 		"usage-no-argument":     {line: "vm show"},

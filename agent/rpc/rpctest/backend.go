@@ -154,6 +154,25 @@ func (b *Backend) Thaw(ctx context.Context, ref string) (agent.ThawResult, error
 	return agent.ThawResult{WasFrozen: true, Window: 1250 * time.Millisecond}, nil
 }
 
+// Diagnose finds the VM's problems.
+func (b *Backend) Diagnose(ctx context.Context, ref string) ([]agent.Finding, error) {
+	v, err := b.VM(ctx, ref)
+	var findings []agent.Finding
+	for _, p := range v.Problems {
+		findings = append(findings, agent.Finding{Code: p.Code, Message: p.Message, Hint: p.Hint, Repairable: true})
+	}
+	return findings, err
+}
+
+// Repair repairs them.
+func (b *Backend) Repair(ctx context.Context, ref string) ([]agent.Finding, error) {
+	findings, err := b.Diagnose(ctx, ref)
+	for i := range findings {
+		findings[i].Repaired = true
+	}
+	return findings, err
+}
+
 // PlanSnapshot plans a snapshot of a running VM with nothing in its way.
 func (b *Backend) PlanSnapshot(ctx context.Context, req agent.SnapshotRequest) (agent.Plan, error) {
 	if f := b.scripted().Plan; f != nil {

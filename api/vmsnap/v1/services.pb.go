@@ -208,6 +208,261 @@ func (x *GetVMResponse) GetVm() *VM {
 	return nil
 }
 
+// Finding is something that is wrong with a VM.
+type Finding struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A stable word.
+	Code    string `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
+	Message string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	// What to do about it. May be empty.
+	Hint          string `protobuf:"bytes,3,opt,name=hint,proto3" json:"hint,omitempty"`
+	Repairable    bool   `protobuf:"varint,4,opt,name=repairable,proto3" json:"repairable,omitempty"`
+	Repaired      bool   `protobuf:"varint,5,opt,name=repaired,proto3" json:"repaired,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Finding) GetCode() string {
+	if x != nil {
+		return x.Code
+	}
+	return ""
+}
+
+func (x *Finding) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Finding) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+func (x *Finding) GetRepairable() bool {
+	if x != nil {
+		return x.Repairable
+	}
+	return false
+}
+
+func (x *Finding) GetRepaired() bool {
+	if x != nil {
+		return x.Repaired
+	}
+	return false
+}
+
+type DiagnoseVMRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiagnoseVMRequest) Reset() {
+	*x = DiagnoseVMRequest{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiagnoseVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiagnoseVMRequest) ProtoMessage() {}
+
+func (x *DiagnoseVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiagnoseVMRequest.ProtoReflect.Descriptor instead.
+func (*DiagnoseVMRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *DiagnoseVMRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+type DiagnoseVMResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Findings      []*Finding             `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiagnoseVMResponse) Reset() {
+	*x = DiagnoseVMResponse{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiagnoseVMResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiagnoseVMResponse) ProtoMessage() {}
+
+func (x *DiagnoseVMResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiagnoseVMResponse.ProtoReflect.Descriptor instead.
+func (*DiagnoseVMResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *DiagnoseVMResponse) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+type RepairVMRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RepairVMRequest) Reset() {
+	*x = RepairVMRequest{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RepairVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RepairVMRequest) ProtoMessage() {}
+
+func (x *RepairVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RepairVMRequest.ProtoReflect.Descriptor instead.
+func (*RepairVMRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RepairVMRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+type RepairVMResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Findings      []*Finding             `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RepairVMResponse) Reset() {
+	*x = RepairVMResponse{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RepairVMResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RepairVMResponse) ProtoMessage() {}
+
+func (x *RepairVMResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RepairVMResponse.ProtoReflect.Descriptor instead.
+func (*RepairVMResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *RepairVMResponse) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
 type ForgetVMRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
@@ -219,7 +474,7 @@ type ForgetVMRequest struct {
 
 func (x *ForgetVMRequest) Reset() {
 	*x = ForgetVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -231,7 +486,7 @@ func (x *ForgetVMRequest) String() string {
 func (*ForgetVMRequest) ProtoMessage() {}
 
 func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -244,7 +499,7 @@ func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMRequest.ProtoReflect.Descriptor instead.
 func (*ForgetVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{4}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ForgetVMRequest) GetVm() string {
@@ -271,7 +526,7 @@ type ForgetVMResponse struct {
 
 func (x *ForgetVMResponse) Reset() {
 	*x = ForgetVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -283,7 +538,7 @@ func (x *ForgetVMResponse) String() string {
 func (*ForgetVMResponse) ProtoMessage() {}
 
 func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -296,7 +551,7 @@ func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMResponse.ProtoReflect.Descriptor instead.
 func (*ForgetVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{5}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ForgetVMResponse) GetLayers() []string {
@@ -321,7 +576,7 @@ type FreezeVMRequest struct {
 
 func (x *FreezeVMRequest) Reset() {
 	*x = FreezeVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[6]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -333,7 +588,7 @@ func (x *FreezeVMRequest) String() string {
 func (*FreezeVMRequest) ProtoMessage() {}
 
 func (x *FreezeVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[6]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -346,7 +601,7 @@ func (x *FreezeVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeVMRequest.ProtoReflect.Descriptor instead.
 func (*FreezeVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{6}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *FreezeVMRequest) GetVm() string {
@@ -386,7 +641,7 @@ type FreezeVMResponse struct {
 
 func (x *FreezeVMResponse) Reset() {
 	*x = FreezeVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +653,7 @@ func (x *FreezeVMResponse) String() string {
 func (*FreezeVMResponse) ProtoMessage() {}
 
 func (x *FreezeVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +666,7 @@ func (x *FreezeVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeVMResponse.ProtoReflect.Descriptor instead.
 func (*FreezeVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{7}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *FreezeVMResponse) GetFreeze() *Freeze {
@@ -430,7 +685,7 @@ type ThawVMRequest struct {
 
 func (x *ThawVMRequest) Reset() {
 	*x = ThawVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -442,7 +697,7 @@ func (x *ThawVMRequest) String() string {
 func (*ThawVMRequest) ProtoMessage() {}
 
 func (x *ThawVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -455,7 +710,7 @@ func (x *ThawVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ThawVMRequest.ProtoReflect.Descriptor instead.
 func (*ThawVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{8}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ThawVMRequest) GetVm() string {
@@ -476,7 +731,7 @@ type ThawVMResponse struct {
 
 func (x *ThawVMResponse) Reset() {
 	*x = ThawVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -488,7 +743,7 @@ func (x *ThawVMResponse) String() string {
 func (*ThawVMResponse) ProtoMessage() {}
 
 func (x *ThawVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -501,7 +756,7 @@ func (x *ThawVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ThawVMResponse.ProtoReflect.Descriptor instead.
 func (*ThawVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{9}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ThawVMResponse) GetWasFrozen() bool {
@@ -557,7 +812,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -569,7 +824,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -582,7 +837,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{10}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateSnapshotRequest) GetVm() string {
@@ -713,7 +968,7 @@ type CreateSnapshotResponse struct {
 
 func (x *CreateSnapshotResponse) Reset() {
 	*x = CreateSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -725,7 +980,7 @@ func (x *CreateSnapshotResponse) String() string {
 func (*CreateSnapshotResponse) ProtoMessage() {}
 
 func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -738,7 +993,7 @@ func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{11}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateSnapshotResponse) GetOperation() *Operation {
@@ -758,7 +1013,7 @@ type VerifySnapshotRequest struct {
 
 func (x *VerifySnapshotRequest) Reset() {
 	*x = VerifySnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -770,7 +1025,7 @@ func (x *VerifySnapshotRequest) String() string {
 func (*VerifySnapshotRequest) ProtoMessage() {}
 
 func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -783,7 +1038,7 @@ func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifySnapshotRequest.ProtoReflect.Descriptor instead.
 func (*VerifySnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *VerifySnapshotRequest) GetSnapshot() string {
@@ -802,7 +1057,7 @@ type VerifySnapshotResponse struct {
 
 func (x *VerifySnapshotResponse) Reset() {
 	*x = VerifySnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -814,7 +1069,7 @@ func (x *VerifySnapshotResponse) String() string {
 func (*VerifySnapshotResponse) ProtoMessage() {}
 
 func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -827,7 +1082,7 @@ func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifySnapshotResponse.ProtoReflect.Descriptor instead.
 func (*VerifySnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *VerifySnapshotResponse) GetOperation() *Operation {
@@ -846,7 +1101,7 @@ type PlanSnapshotResponse struct {
 
 func (x *PlanSnapshotResponse) Reset() {
 	*x = PlanSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +1113,7 @@ func (x *PlanSnapshotResponse) String() string {
 func (*PlanSnapshotResponse) ProtoMessage() {}
 
 func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +1126,7 @@ func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*PlanSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PlanSnapshotResponse) GetPlan() *Plan {
@@ -904,7 +1159,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +1171,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +1184,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Plan) GetVmName() string {
@@ -1020,7 +1275,7 @@ type PlanMemory struct {
 
 func (x *PlanMemory) Reset() {
 	*x = PlanMemory{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1032,7 +1287,7 @@ func (x *PlanMemory) String() string {
 func (*PlanMemory) ProtoMessage() {}
 
 func (x *PlanMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1045,7 +1300,7 @@ func (x *PlanMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanMemory.ProtoReflect.Descriptor instead.
 func (*PlanMemory) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{16}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PlanMemory) GetStrategy() MemoryStrategy {
@@ -1126,7 +1381,7 @@ type PlanDisk struct {
 	Directory   string `protobuf:"bytes,3,opt,name=directory,proto3" json:"directory,omitempty"`
 	Free        uint64 `protobuf:"varint,4,opt,name=free,proto3" json:"free,omitempty"`
 	VirtualSize uint64 `protobuf:"varint,5,opt,name=virtual_size,json=virtualSize,proto3" json:"virtual_size,omitempty"`
-	// How the launch path will be settled: "live" or "convert".
+	// How the launch path will be settled: "live", "convert" or "device".
 	Settle        string `protobuf:"bytes,6,opt,name=settle,proto3" json:"settle,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1134,7 +1389,7 @@ type PlanDisk struct {
 
 func (x *PlanDisk) Reset() {
 	*x = PlanDisk{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1146,7 +1401,7 @@ func (x *PlanDisk) String() string {
 func (*PlanDisk) ProtoMessage() {}
 
 func (x *PlanDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1159,7 +1414,7 @@ func (x *PlanDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanDisk.ProtoReflect.Descriptor instead.
 func (*PlanDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{17}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PlanDisk) GetDevice() string {
@@ -1216,7 +1471,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1483,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1496,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{18}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListSnapshotsRequest) GetVm() string {
@@ -1267,7 +1522,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1279,7 +1534,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1292,7 +1547,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{19}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1311,7 +1566,7 @@ type GetSnapshotRequest struct {
 
 func (x *GetSnapshotRequest) Reset() {
 	*x = GetSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1323,7 +1578,7 @@ func (x *GetSnapshotRequest) String() string {
 func (*GetSnapshotRequest) ProtoMessage() {}
 
 func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1336,7 +1591,7 @@ func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*GetSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *GetSnapshotRequest) GetSnapshot() string {
@@ -1355,7 +1610,7 @@ type GetSnapshotResponse struct {
 
 func (x *GetSnapshotResponse) Reset() {
 	*x = GetSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1367,7 +1622,7 @@ func (x *GetSnapshotResponse) String() string {
 func (*GetSnapshotResponse) ProtoMessage() {}
 
 func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,7 +1635,7 @@ func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*GetSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GetSnapshotResponse) GetSnapshot() *Snapshot {
@@ -1400,7 +1655,7 @@ type RenameSnapshotRequest struct {
 
 func (x *RenameSnapshotRequest) Reset() {
 	*x = RenameSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1412,7 +1667,7 @@ func (x *RenameSnapshotRequest) String() string {
 func (*RenameSnapshotRequest) ProtoMessage() {}
 
 func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1425,7 +1680,7 @@ func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RenameSnapshotRequest) GetSnapshot() string {
@@ -1451,7 +1706,7 @@ type RenameSnapshotResponse struct {
 
 func (x *RenameSnapshotResponse) Reset() {
 	*x = RenameSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1463,7 +1718,7 @@ func (x *RenameSnapshotResponse) String() string {
 func (*RenameSnapshotResponse) ProtoMessage() {}
 
 func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1476,7 +1731,7 @@ func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RenameSnapshotResponse) GetSnapshot() *Snapshot {
@@ -1499,7 +1754,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1511,7 +1766,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1524,7 +1779,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListOperationsRequest) GetVm() string {
@@ -1557,7 +1812,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1569,7 +1824,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1582,7 +1837,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -1601,7 +1856,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1613,7 +1868,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1626,7 +1881,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -1645,7 +1900,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1657,7 +1912,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1670,7 +1925,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -1689,7 +1944,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1701,7 +1956,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1714,7 +1969,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -1733,7 +1988,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1745,7 +2000,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1758,7 +2013,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{29}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -1777,7 +2032,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1789,7 +2044,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1802,7 +2057,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{30}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -1821,7 +2076,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1833,7 +2088,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1846,7 +2101,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{31}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -1869,7 +2124,23 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\fGetVMRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\".\n" +
 	"\rGetVMResponse\x12\x1d\n" +
-	"\x02vm\x18\x01 \x01(\v2\r.vmsnap.v1.VMR\x02vm\";\n" +
+	"\x02vm\x18\x01 \x01(\v2\r.vmsnap.v1.VMR\x02vm\"\x87\x01\n" +
+	"\aFinding\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
+	"\x04hint\x18\x03 \x01(\tR\x04hint\x12\x1e\n" +
+	"\n" +
+	"repairable\x18\x04 \x01(\bR\n" +
+	"repairable\x12\x1a\n" +
+	"\brepaired\x18\x05 \x01(\bR\brepaired\"#\n" +
+	"\x11DiagnoseVMRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\"D\n" +
+	"\x12DiagnoseVMResponse\x12.\n" +
+	"\bfindings\x18\x01 \x03(\v2\x12.vmsnap.v1.FindingR\bfindings\"!\n" +
+	"\x0fRepairVMRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\"B\n" +
+	"\x10RepairVMResponse\x12.\n" +
+	"\bfindings\x18\x01 \x03(\v2\x12.vmsnap.v1.FindingR\bfindings\";\n" +
 	"\x0fForgetVMRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
 	"\arelease\x18\x02 \x01(\bR\arelease\"*\n" +
@@ -1986,13 +2257,16 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x16CancelOperationRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"M\n" +
 	"\x17CancelOperationResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation2\xdc\x02\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation2\xf1\x03\n" +
 	"\tVMService\x12E\n" +
 	"\aListVMs\x12\x19.vmsnap.v1.ListVMsRequest\x1a\x1a.vmsnap.v1.ListVMsResponse\"\x03\x90\x02\x01\x12?\n" +
 	"\x05GetVM\x12\x17.vmsnap.v1.GetVMRequest\x1a\x18.vmsnap.v1.GetVMResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\bForgetVM\x12\x1a.vmsnap.v1.ForgetVMRequest\x1a\x1b.vmsnap.v1.ForgetVMResponse\x12C\n" +
 	"\bFreezeVM\x12\x1a.vmsnap.v1.FreezeVMRequest\x1a\x1b.vmsnap.v1.FreezeVMResponse\x12=\n" +
-	"\x06ThawVM\x12\x18.vmsnap.v1.ThawVMRequest\x1a\x19.vmsnap.v1.ThawVMResponse2\x9a\x04\n" +
+	"\x06ThawVM\x12\x18.vmsnap.v1.ThawVMRequest\x1a\x19.vmsnap.v1.ThawVMResponse\x12N\n" +
+	"\n" +
+	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
+	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse2\x9a\x04\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12V\n" +
 	"\fPlanSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a\x1f.vmsnap.v1.PlanSnapshotResponse\"\x03\x90\x02\x01\x12W\n" +
@@ -2018,121 +2292,132 @@ func file_vmsnap_v1_services_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_services_proto_rawDescData
 }
 
-var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*ListVMsRequest)(nil),          // 0: vmsnap.v1.ListVMsRequest
 	(*ListVMsResponse)(nil),         // 1: vmsnap.v1.ListVMsResponse
 	(*GetVMRequest)(nil),            // 2: vmsnap.v1.GetVMRequest
 	(*GetVMResponse)(nil),           // 3: vmsnap.v1.GetVMResponse
-	(*ForgetVMRequest)(nil),         // 4: vmsnap.v1.ForgetVMRequest
-	(*ForgetVMResponse)(nil),        // 5: vmsnap.v1.ForgetVMResponse
-	(*FreezeVMRequest)(nil),         // 6: vmsnap.v1.FreezeVMRequest
-	(*FreezeVMResponse)(nil),        // 7: vmsnap.v1.FreezeVMResponse
-	(*ThawVMRequest)(nil),           // 8: vmsnap.v1.ThawVMRequest
-	(*ThawVMResponse)(nil),          // 9: vmsnap.v1.ThawVMResponse
-	(*CreateSnapshotRequest)(nil),   // 10: vmsnap.v1.CreateSnapshotRequest
-	(*CreateSnapshotResponse)(nil),  // 11: vmsnap.v1.CreateSnapshotResponse
-	(*VerifySnapshotRequest)(nil),   // 12: vmsnap.v1.VerifySnapshotRequest
-	(*VerifySnapshotResponse)(nil),  // 13: vmsnap.v1.VerifySnapshotResponse
-	(*PlanSnapshotResponse)(nil),    // 14: vmsnap.v1.PlanSnapshotResponse
-	(*Plan)(nil),                    // 15: vmsnap.v1.Plan
-	(*PlanMemory)(nil),              // 16: vmsnap.v1.PlanMemory
-	(*PlanDisk)(nil),                // 17: vmsnap.v1.PlanDisk
-	(*ListSnapshotsRequest)(nil),    // 18: vmsnap.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),   // 19: vmsnap.v1.ListSnapshotsResponse
-	(*GetSnapshotRequest)(nil),      // 20: vmsnap.v1.GetSnapshotRequest
-	(*GetSnapshotResponse)(nil),     // 21: vmsnap.v1.GetSnapshotResponse
-	(*RenameSnapshotRequest)(nil),   // 22: vmsnap.v1.RenameSnapshotRequest
-	(*RenameSnapshotResponse)(nil),  // 23: vmsnap.v1.RenameSnapshotResponse
-	(*ListOperationsRequest)(nil),   // 24: vmsnap.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 25: vmsnap.v1.ListOperationsResponse
-	(*GetOperationRequest)(nil),     // 26: vmsnap.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 27: vmsnap.v1.GetOperationResponse
-	(*WatchOperationRequest)(nil),   // 28: vmsnap.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 29: vmsnap.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 30: vmsnap.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 31: vmsnap.v1.CancelOperationResponse
-	nil,                             // 32: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	nil,                             // 33: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	(*VM)(nil),                      // 34: vmsnap.v1.VM
-	(*durationpb.Duration)(nil),     // 35: google.protobuf.Duration
-	(*Freeze)(nil),                  // 36: vmsnap.v1.Freeze
-	(Quiesce)(0),                    // 37: vmsnap.v1.Quiesce
-	(MemoryStrategy)(0),             // 38: vmsnap.v1.MemoryStrategy
-	(*Operation)(nil),               // 39: vmsnap.v1.Operation
-	(*Warning)(nil),                 // 40: vmsnap.v1.Warning
-	(*Error)(nil),                   // 41: vmsnap.v1.Error
-	(Consistency)(0),                // 42: vmsnap.v1.Consistency
-	(*Snapshot)(nil),                // 43: vmsnap.v1.Snapshot
+	(*Finding)(nil),                 // 4: vmsnap.v1.Finding
+	(*DiagnoseVMRequest)(nil),       // 5: vmsnap.v1.DiagnoseVMRequest
+	(*DiagnoseVMResponse)(nil),      // 6: vmsnap.v1.DiagnoseVMResponse
+	(*RepairVMRequest)(nil),         // 7: vmsnap.v1.RepairVMRequest
+	(*RepairVMResponse)(nil),        // 8: vmsnap.v1.RepairVMResponse
+	(*ForgetVMRequest)(nil),         // 9: vmsnap.v1.ForgetVMRequest
+	(*ForgetVMResponse)(nil),        // 10: vmsnap.v1.ForgetVMResponse
+	(*FreezeVMRequest)(nil),         // 11: vmsnap.v1.FreezeVMRequest
+	(*FreezeVMResponse)(nil),        // 12: vmsnap.v1.FreezeVMResponse
+	(*ThawVMRequest)(nil),           // 13: vmsnap.v1.ThawVMRequest
+	(*ThawVMResponse)(nil),          // 14: vmsnap.v1.ThawVMResponse
+	(*CreateSnapshotRequest)(nil),   // 15: vmsnap.v1.CreateSnapshotRequest
+	(*CreateSnapshotResponse)(nil),  // 16: vmsnap.v1.CreateSnapshotResponse
+	(*VerifySnapshotRequest)(nil),   // 17: vmsnap.v1.VerifySnapshotRequest
+	(*VerifySnapshotResponse)(nil),  // 18: vmsnap.v1.VerifySnapshotResponse
+	(*PlanSnapshotResponse)(nil),    // 19: vmsnap.v1.PlanSnapshotResponse
+	(*Plan)(nil),                    // 20: vmsnap.v1.Plan
+	(*PlanMemory)(nil),              // 21: vmsnap.v1.PlanMemory
+	(*PlanDisk)(nil),                // 22: vmsnap.v1.PlanDisk
+	(*ListSnapshotsRequest)(nil),    // 23: vmsnap.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),   // 24: vmsnap.v1.ListSnapshotsResponse
+	(*GetSnapshotRequest)(nil),      // 25: vmsnap.v1.GetSnapshotRequest
+	(*GetSnapshotResponse)(nil),     // 26: vmsnap.v1.GetSnapshotResponse
+	(*RenameSnapshotRequest)(nil),   // 27: vmsnap.v1.RenameSnapshotRequest
+	(*RenameSnapshotResponse)(nil),  // 28: vmsnap.v1.RenameSnapshotResponse
+	(*ListOperationsRequest)(nil),   // 29: vmsnap.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 30: vmsnap.v1.ListOperationsResponse
+	(*GetOperationRequest)(nil),     // 31: vmsnap.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 32: vmsnap.v1.GetOperationResponse
+	(*WatchOperationRequest)(nil),   // 33: vmsnap.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 34: vmsnap.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 35: vmsnap.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 36: vmsnap.v1.CancelOperationResponse
+	nil,                             // 37: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	nil,                             // 38: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	(*VM)(nil),                      // 39: vmsnap.v1.VM
+	(*durationpb.Duration)(nil),     // 40: google.protobuf.Duration
+	(*Freeze)(nil),                  // 41: vmsnap.v1.Freeze
+	(Quiesce)(0),                    // 42: vmsnap.v1.Quiesce
+	(MemoryStrategy)(0),             // 43: vmsnap.v1.MemoryStrategy
+	(*Operation)(nil),               // 44: vmsnap.v1.Operation
+	(*Warning)(nil),                 // 45: vmsnap.v1.Warning
+	(*Error)(nil),                   // 46: vmsnap.v1.Error
+	(Consistency)(0),                // 47: vmsnap.v1.Consistency
+	(*Snapshot)(nil),                // 48: vmsnap.v1.Snapshot
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
-	34, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
-	34, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
-	35, // 2: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
-	35, // 3: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	36, // 4: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
-	35, // 5: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
-	32, // 6: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	37, // 7: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
-	35, // 8: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	35, // 9: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
-	38, // 10: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
-	35, // 11: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
-	39, // 12: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	39, // 13: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	15, // 14: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
-	17, // 15: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
-	40, // 16: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
-	41, // 17: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
-	42, // 18: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
-	35, // 19: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
-	16, // 20: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
-	38, // 21: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	35, // 22: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
-	35, // 23: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
-	33, // 24: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	43, // 25: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
-	43, // 26: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	43, // 27: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	39, // 28: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
-	39, // 29: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	39, // 30: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	39, // 31: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	0,  // 32: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
-	2,  // 33: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
-	4,  // 34: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
-	6,  // 35: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
-	8,  // 36: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
-	10, // 37: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	10, // 38: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	18, // 39: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
-	20, // 40: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
-	22, // 41: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
-	12, // 42: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
-	24, // 43: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	26, // 44: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	28, // 45: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	30, // 46: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	1,  // 47: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 48: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	5,  // 49: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	7,  // 50: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	9,  // 51: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	11, // 52: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	14, // 53: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	19, // 54: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	21, // 55: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	23, // 56: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	13, // 57: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	25, // 58: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	27, // 59: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	29, // 60: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	31, // 61: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	47, // [47:62] is the sub-list for method output_type
-	32, // [32:47] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	39, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
+	39, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
+	4,  // 2: vmsnap.v1.DiagnoseVMResponse.findings:type_name -> vmsnap.v1.Finding
+	4,  // 3: vmsnap.v1.RepairVMResponse.findings:type_name -> vmsnap.v1.Finding
+	40, // 4: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
+	40, // 5: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	41, // 6: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
+	40, // 7: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
+	37, // 8: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	42, // 9: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
+	40, // 10: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	40, // 11: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
+	43, // 12: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
+	40, // 13: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
+	44, // 14: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	44, // 15: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	20, // 16: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
+	22, // 17: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
+	45, // 18: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
+	46, // 19: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
+	47, // 20: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
+	40, // 21: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
+	21, // 22: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
+	43, // 23: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	40, // 24: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
+	40, // 25: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
+	38, // 26: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	48, // 27: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
+	48, // 28: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	48, // 29: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	44, // 30: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
+	44, // 31: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	44, // 32: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	44, // 33: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	0,  // 34: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
+	2,  // 35: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
+	9,  // 36: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
+	11, // 37: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
+	13, // 38: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
+	5,  // 39: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
+	7,  // 40: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
+	15, // 41: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	15, // 42: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	23, // 43: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
+	25, // 44: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
+	27, // 45: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
+	17, // 46: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
+	29, // 47: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	31, // 48: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	33, // 49: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	35, // 50: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	1,  // 51: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 52: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	10, // 53: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	12, // 54: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	14, // 55: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	6,  // 56: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 57: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	16, // 58: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	19, // 59: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	24, // 60: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	26, // 61: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	28, // 62: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	18, // 63: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	30, // 64: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	32, // 65: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	34, // 66: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	36, // 67: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	51, // [51:68] is the sub-list for method output_type
+	34, // [34:51] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_services_proto_init() }
@@ -2147,7 +2432,7 @@ func file_vmsnap_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_services_proto_rawDesc), len(file_vmsnap_v1_services_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   34,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

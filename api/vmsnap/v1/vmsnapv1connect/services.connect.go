@@ -47,6 +47,10 @@ const (
 	VMServiceFreezeVMProcedure = "/vmsnap.v1.VMService/FreezeVM"
 	// VMServiceThawVMProcedure is the fully-qualified name of the VMService's ThawVM RPC.
 	VMServiceThawVMProcedure = "/vmsnap.v1.VMService/ThawVM"
+	// VMServiceDiagnoseVMProcedure is the fully-qualified name of the VMService's DiagnoseVM RPC.
+	VMServiceDiagnoseVMProcedure = "/vmsnap.v1.VMService/DiagnoseVM"
+	// VMServiceRepairVMProcedure is the fully-qualified name of the VMService's RepairVM RPC.
+	VMServiceRepairVMProcedure = "/vmsnap.v1.VMService/RepairVM"
 	// SnapshotServiceCreateSnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// CreateSnapshot RPC.
 	SnapshotServiceCreateSnapshotProcedure = "/vmsnap.v1.SnapshotService/CreateSnapshot"
@@ -90,6 +94,10 @@ type VMServiceClient interface {
 	FreezeVM(context.Context, *connect.Request[v1.FreezeVMRequest]) (*connect.Response[v1.FreezeVMResponse], error)
 	// ThawVM ends a freeze. It returns when the guest has answered.
 	ThawVM(context.Context, *connect.Request[v1.ThawVMRequest]) (*connect.Response[v1.ThawVMResponse], error)
+	// DiagnoseVM looks for what is wrong with a VM, and changes nothing.
+	DiagnoseVM(context.Context, *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error)
+	// RepairVM puts right what it can of what DiagnoseVM finds.
+	RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error)
 }
 
 // NewVMServiceClient constructs a client for the vmsnap.v1.VMService service. By default, it uses
@@ -135,16 +143,31 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("ThawVM")),
 			connect.WithClientOptions(opts...),
 		),
+		diagnoseVM: connect.NewClient[v1.DiagnoseVMRequest, v1.DiagnoseVMResponse](
+			httpClient,
+			baseURL+VMServiceDiagnoseVMProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("DiagnoseVM")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
+		repairVM: connect.NewClient[v1.RepairVMRequest, v1.RepairVMResponse](
+			httpClient,
+			baseURL+VMServiceRepairVMProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("RepairVM")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // vMServiceClient implements VMServiceClient.
 type vMServiceClient struct {
-	listVMs  *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
-	getVM    *connect.Client[v1.GetVMRequest, v1.GetVMResponse]
-	forgetVM *connect.Client[v1.ForgetVMRequest, v1.ForgetVMResponse]
-	freezeVM *connect.Client[v1.FreezeVMRequest, v1.FreezeVMResponse]
-	thawVM   *connect.Client[v1.ThawVMRequest, v1.ThawVMResponse]
+	listVMs    *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
+	getVM      *connect.Client[v1.GetVMRequest, v1.GetVMResponse]
+	forgetVM   *connect.Client[v1.ForgetVMRequest, v1.ForgetVMResponse]
+	freezeVM   *connect.Client[v1.FreezeVMRequest, v1.FreezeVMResponse]
+	thawVM     *connect.Client[v1.ThawVMRequest, v1.ThawVMResponse]
+	diagnoseVM *connect.Client[v1.DiagnoseVMRequest, v1.DiagnoseVMResponse]
+	repairVM   *connect.Client[v1.RepairVMRequest, v1.RepairVMResponse]
 }
 
 // ListVMs calls vmsnap.v1.VMService.ListVMs.
@@ -172,6 +195,16 @@ func (c *vMServiceClient) ThawVM(ctx context.Context, req *connect.Request[v1.Th
 	return c.thawVM.CallUnary(ctx, req)
 }
 
+// DiagnoseVM calls vmsnap.v1.VMService.DiagnoseVM.
+func (c *vMServiceClient) DiagnoseVM(ctx context.Context, req *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error) {
+	return c.diagnoseVM.CallUnary(ctx, req)
+}
+
+// RepairVM calls vmsnap.v1.VMService.RepairVM.
+func (c *vMServiceClient) RepairVM(ctx context.Context, req *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error) {
+	return c.repairVM.CallUnary(ctx, req)
+}
+
 // VMServiceHandler is an implementation of the vmsnap.v1.VMService service.
 type VMServiceHandler interface {
 	ListVMs(context.Context, *connect.Request[v1.ListVMsRequest]) (*connect.Response[v1.ListVMsResponse], error)
@@ -183,6 +216,10 @@ type VMServiceHandler interface {
 	FreezeVM(context.Context, *connect.Request[v1.FreezeVMRequest]) (*connect.Response[v1.FreezeVMResponse], error)
 	// ThawVM ends a freeze. It returns when the guest has answered.
 	ThawVM(context.Context, *connect.Request[v1.ThawVMRequest]) (*connect.Response[v1.ThawVMResponse], error)
+	// DiagnoseVM looks for what is wrong with a VM, and changes nothing.
+	DiagnoseVM(context.Context, *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error)
+	// RepairVM puts right what it can of what DiagnoseVM finds.
+	RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error)
 }
 
 // NewVMServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -224,6 +261,19 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("ThawVM")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceDiagnoseVMHandler := connect.NewUnaryHandler(
+		VMServiceDiagnoseVMProcedure,
+		svc.DiagnoseVM,
+		connect.WithSchema(vMServiceMethods.ByName("DiagnoseVM")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
+	vMServiceRepairVMHandler := connect.NewUnaryHandler(
+		VMServiceRepairVMProcedure,
+		svc.RepairVM,
+		connect.WithSchema(vMServiceMethods.ByName("RepairVM")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/vmsnap.v1.VMService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case VMServiceListVMsProcedure:
@@ -236,6 +286,10 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceFreezeVMHandler.ServeHTTP(w, r)
 		case VMServiceThawVMProcedure:
 			vMServiceThawVMHandler.ServeHTTP(w, r)
+		case VMServiceDiagnoseVMProcedure:
+			vMServiceDiagnoseVMHandler.ServeHTTP(w, r)
+		case VMServiceRepairVMProcedure:
+			vMServiceRepairVMHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -263,6 +317,14 @@ func (UnimplementedVMServiceHandler) FreezeVM(context.Context, *connect.Request[
 
 func (UnimplementedVMServiceHandler) ThawVM(context.Context, *connect.Request[v1.ThawVMRequest]) (*connect.Response[v1.ThawVMResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.ThawVM is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) DiagnoseVM(context.Context, *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.DiagnoseVM is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.RepairVM is not implemented"))
 }
 
 // SnapshotServiceClient is a client for the vmsnap.v1.SnapshotService service.

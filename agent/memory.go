@@ -159,6 +159,13 @@ func (c *cut) transactWithMemory(ctx context.Context) error {
 		if err := c.announce(ctx); err != nil {
 			return err
 		}
+		// Stopping the CPUs flushes every image: what is left to write then is part
+		// of the pause. A frozen guest has had it written.
+		for _, d := range c.disks {
+			if err := d.baseDir.SyncFile(d.Base); err != nil {
+				return c.failure(d, err)
+			}
+		}
 	}
 	pause, err := m.save.Cut(ctx, c.send, c.memoryProgress)
 	m.Pause = pause

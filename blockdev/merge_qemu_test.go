@@ -115,7 +115,7 @@ func TestQEMUActiveMergeHookFails(t *testing.T) {
 }
 
 // slow makes a merge take as long as the test likes.
-const slow = 64 << 10
+const slow = 1 << 20
 
 // begun runs a merge and returns when its job copies. wait returns Run's error.
 func begun(t *testing.T, ctx context.Context, s *stack, run func(context.Context, blockdev.Monitor) error, watch *func(blockdev.JobState)) (wait func() error) {

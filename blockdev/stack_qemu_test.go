@@ -281,7 +281,7 @@ func (s *stack) node(layer int) string {
 	s.t.Helper()
 	id := s.fileID(s.layers[layer])
 	for _, l := range s.chain(s.graph(), "a") {
-		if s.fileID(l.Filename) == id {
+		if info, err := blockdev.StatPath(l.Filename); err == nil && info.FileID == id {
 			return l.Node.Name
 		}
 	}

@@ -19,12 +19,13 @@ import (
 type cutDisk struct {
 	Device     string
 	DiskID     string
-	Dir        string // directory of the launch path, as QEMU sees it
-	BaseDir    string // of the layer that is covered; empty: Dir
-	OverlayDir string // of the overlay; empty: Dir
-	Prefix     string // where the tree of these directories begins for this process
-	Launch     string // name by which the launch command opens the disk
-	Base       string // permanent name of the layer that is covered
+	Dir        string    // directory of the launch path, as QEMU sees it
+	BaseDir    string    // of the layer that is covered; empty: Dir
+	OverlayDir string    // of the overlay; empty: Dir
+	Prefix     string    // where the tree of these directories begins for this process
+	Inodes     [3]uint64 // of the three directories; 0 for one that was not opened yet
+	Launch     string    // name by which the launch command opens the disk
+	Base       string    // permanent name of the layer that is covered
 	BaseID     string
 	BaseFormat string
 	BaseDevice string // what the base is known by when it is a block device, else empty
@@ -91,12 +92,12 @@ func (c *cutDisk) open() (err error) {
 			err = errors.Join(err, c.close())
 		}
 	}()
-	if c.dir, err = blockdev.OpenDir(c.Dir, c.Prefix); err != nil {
+	if c.dir, err = c.openDir(c.Dir, &c.Inodes[0]); err != nil {
 		return err
 	}
 	c.baseDir, c.overlayDir = c.dir, c.dir
 	if c.BaseDir = cmp.Or(c.BaseDir, c.Dir); c.BaseDir != c.Dir {
-		if c.baseDir, err = blockdev.OpenDir(c.BaseDir, c.Prefix); err != nil {
+		if c.baseDir, err = c.openDir(c.BaseDir, &c.Inodes[1]); err != nil {
 			return err
 		}
 	}
@@ -105,9 +106,28 @@ func (c *cutDisk) open() (err error) {
 	case c.BaseDir:
 		c.overlayDir = c.baseDir
 	default:
-		c.overlayDir, err = blockdev.OpenDir(c.OverlayDir, c.Prefix)
+		c.overlayDir, err = c.openDir(c.OverlayDir, &c.Inodes[2])
 	}
 	return err
+}
+
+// openDir opens a directory, which must be the one that it was when it was opened
+// first: that of a file system which is not mounted has the same name. Device
+// numbers change, the inode of a directory does not.
+func (c *cutDisk) openDir(path string, inode *uint64) (*blockdev.Dir, error) {
+	dir, err := blockdev.OpenDir(path, c.Prefix)
+	if err != nil {
+		return nil, err
+	}
+	info, err := dir.Stat(".")
+	if err == nil && *inode != 0 && *inode != info.Ino {
+		err = fmt.Errorf("directory %s is another one than it was: its file system may not be mounted", path)
+	}
+	if err != nil {
+		return nil, errors.Join(err, dir.Close())
+	}
+	*inode = info.Ino
+	return dir, nil
 }
 
 // close closes what open has opened.

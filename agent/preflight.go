@@ -34,6 +34,7 @@ const (
 	warnManifest           = "manifest-not-written"
 	warnBackingNotReopened = "backing-not-reopened"
 	warnAdopted            = "adopted"
+	warnRecoveryWaits      = "recovery-waits"
 	warnNotRestorable      = "memory-not-restorable"
 	warnPauseExceeded      = "pause-exceeded"
 	warnLayersKept         = "layers-kept"

@@ -122,19 +122,28 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	if err := awaitLaunchGuard(ctx, a.launchGuardLock(rec.ID)); err != nil {
 		return err
 	}
-	entries, err := a.catalog.Journal(ctx, rec.ID)
-	if err != nil {
+	var entries []op.Entry
+	var done string // the snapshot, when only the settling may be missing
+	err := a.untilRecovered(ctx, o, func(ctx context.Context) (err error) {
+		if entries, err = a.catalog.Journal(ctx, rec.ID); err != nil {
+			return err
+		}
+		if done, err = a.committed(ctx, v, rec.ID); err != nil || done == "" && rec.Kind != op.KindSettle {
+			return err
+		}
+		return a.recoverSettling(ctx, o, entries)
+	})
+	switch {
+	case err != nil:
 		return err
-	}
-	if rec.Kind == op.KindSettle {
-		return errors.Join(a.recoverSettling(ctx, o, entries), interrupted)
-	}
-	if done, err := a.committed(ctx, v, rec.ID); err != nil || done != "" {
+	case rec.Kind == op.KindSettle:
+		return interrupted
+	case done != "":
 		o.SetSnapshot(done)
-		return errors.Join(err, a.recoverSettling(ctx, o, entries))
+		return nil
 	}
 	c := &cut{Agent: a, o: o, vm: v, cutAt: rec.Started}
-	last, sent, err := c.load(rec, entries)
+	last, sent, err := c.load(ctx, rec, entries)
 	if err != nil {
 		return err
 	}
@@ -142,7 +151,7 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	if len(c.disks) == 0 {
 		return interrupted
 	}
-	if err := c.findProcess(ctx, last); err != nil {
+	if err := c.untilRecovered(ctx, o, func(ctx context.Context) error { return c.findProcess(ctx, last) }); err != nil {
 		return err
 	}
 	if c.memory != nil {
@@ -178,7 +187,7 @@ func (a *Agent) committed(ctx context.Context, v *vm, operation string) (string,
 
 // load brings a cut back from its journal, and says whether its transaction
 // may have been sent.
-func (c *cut) load(rec op.Record, entries []op.Entry) (p prepared, sent bool, err error) {
+func (c *cut) load(ctx context.Context, rec op.Record, entries []op.Entry) (p prepared, sent bool, err error) {
 	if err := json.Unmarshal(rec.Request, &c.req); err != nil {
 		return p, false, err
 	}
@@ -202,7 +211,7 @@ func (c *cut) load(rec op.Record, entries []op.Entry) (p prepared, sent bool, er
 		}
 	}
 	for _, d := range c.disks {
-		if err := d.open(); err != nil {
+		if err := c.untilRecovered(ctx, c.o, func(context.Context) error { return d.open() }); err != nil {
 			return p, false, c.failure(d, err)
 		}
 	}
@@ -246,7 +255,15 @@ func (c *cut) findProcess(ctx context.Context, p prepared) error {
 }
 
 // happened says whether a transaction that may have been sent took place.
-func (c *cut) happened(ctx context.Context, p prepared) (bool, error) {
+func (c *cut) happened(ctx context.Context, p prepared) (happened bool, err error) {
+	err = c.untilRecovered(ctx, c.o, func(ctx context.Context) (err error) {
+		happened, err = c.seemsToHaveHappened(ctx, p)
+		return err
+	})
+	return happened, err
+}
+
+func (c *cut) seemsToHaveHappened(ctx context.Context, p prepared) (bool, error) {
 	g, err := c.askGraph(ctx, p)
 	if err != nil {
 		return false, err
@@ -323,17 +340,55 @@ func (c *cut) happenedBeforeEnd() (bool, error) {
 			return false, c.failure(d, err)
 		}
 		if !empty {
-			return false, fault.New(fault.Failed, "VM %s: disk %s was started on %s although the overlay %s holds newer data; both files are kept",
+			return false, &undecidable{fault.New(fault.Failed, "VM %s: disk %s was started on %s although the overlay %s holds newer data; both files are kept",
 				c.vm.name(), d.Device, d.dir.Path(d.Launch), d.overlayDir.Path(d.Overlay)).
-				WithHint("stop the VM, and decide which of the two states is wanted")
+				WithHint("stop the VM, and decide which of the two states is wanted")}
 		}
 		return false, nil
 	}
 	return true, nil
 }
 
+// undecidable is an error of recovery that no program should decide on.
+type undecidable struct{ err error }
+
+func (e *undecidable) Error() string { return e.err.Error() }
+
+func (e *undecidable) Unwrap() error { return e.err }
+
+// untilRecovered tries f until it works or there is something for a person to
+// decide. Only the journal knows what the operation has made, and it is dropped
+// when the operation ends; so an operation ends without having been recovered
+// only when somebody cancels it.
+func (a *Agent) untilRecovered(ctx context.Context, o *op.Op, f func(context.Context) error) error {
+	for told := false; ; told = true {
+		err := f(ctx)
+		if _, decide := errors.AsType[*undecidable](err); err == nil || decide || errors.Is(err, op.ErrLeave) {
+			return err
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		o.Logger().Error("an operation that was interrupted cannot be recovered yet", "error", err)
+		if !told { // the log has the rest: this may go on for hours
+			o.Warn(op.Warning{Code: warnRecoveryWaits, Message: "what an earlier vmsnapd left unfinished cannot be finished or taken back yet; it is tried again each second: " + err.Error()})
+		}
+		select {
+		case <-a.stopping:
+			return op.ErrLeave
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(askAgain):
+		}
+	}
+}
+
 // takeBack removes everything that the cut made.
 func (c *cut) takeBack(ctx context.Context) error {
+	return c.untilRecovered(ctx, c.o, c.tryTakeBack)
+}
+
+func (c *cut) tryTakeBack(ctx context.Context) error {
 	var errs []error
 	for _, d := range c.disks {
 		errs = append(errs, c.unbuild(ctx, d))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -139,8 +140,15 @@ func (o *Op) Journal(ctx context.Context, kind string, data any) error {
 
 // Warn records something that the caller should know.
 func (o *Op) Warn(w Warning) {
-	o.change(func(rec *Record) { rec.Warnings = append(rec.Warnings, w) })
-	o.log.Warn(w.Message, "code", w.Code, "disk", w.Disk)
+	known := false // from another attempt at the same
+	o.change(func(rec *Record) {
+		if known = slices.Contains(rec.Warnings, w); !known {
+			rec.Warnings = append(rec.Warnings, w)
+		}
+	})
+	if !known {
+		o.log.Warn(w.Message, "code", w.Code, "disk", w.Disk)
+	}
 }
 
 // SetPartial records that not everything that was asked for was done.

@@ -195,6 +195,41 @@ func TestQEMUDaemonKilledInAConversionAcross(t *testing.T) {
 	})
 }
 
+// TestQEMURecoveryWaitsForAFileSystem that is not mounted when the daemon comes
+// back.
+func TestQEMURecoveryWaitsForAFileSystem(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		vm, h, dir := overlays(t, q, "unmounted-"+q.Name, "root.qcow2")
+		h.await(vm.name, "paused")
+		vm.write(1)
+		before := h.world(vm.own, vm.dir)
+		h.stopAtCall("fchown", func() { h.must("snapshot", "create", vm.name, "x", "--quiesce", "none", "--detach") })
+		h.signal(syscall.SIGKILL)
+		kept := listing(t, dir)
+		if len(kept) != 1 {
+			t.Errorf("there is no overlay to be taken back: %v", kept)
+		}
+		sh(t, "mount", "--bind", vm.dir, dir) // something else stands there
+		h.start()
+		id := h.operation(vm.name)
+		h.eventually(20*time.Second, "it waits", func() error {
+			if out := h.must("operation", "show", id); !strings.Contains(out, "recovery-waits") || !strings.Contains(out, "another one than it was") {
+				return errors.New(out)
+			}
+			return nil
+		})
+		h.fails(11, "busy", "snapshot", "create", vm.name, "y", "--quiesce", "none")
+		sh(t, "umount", dir)
+		h.eventually(20*time.Second, "it is taken back", h.idle)
+		h.unchanged(vm, "x", before, "mounted again")
+		if left := listing(t, dir); len(left) != 0 {
+			t.Errorf("%v is left", left)
+		}
+		h.must("snapshot", "create", vm.name, "y", "--quiesce", "none")
+		vm.holds(1, "in the end")
+	})
+}
+
 // TestQEMUWithoutHardLinks gives an image as many names as its file system
 // allows.
 func TestQEMUWithoutHardLinks(t *testing.T) {

@@ -86,6 +86,9 @@ func documents(t *testing.T) []string {
 
 func TestQEMUExamples(t *testing.T) {
 	for _, file := range documents(t) {
+		if file == "install.md" { // needs a host of its own: the test of the packages runs it
+			continue
+		}
 		var run []block
 		for _, b := range blocks(t, file) {
 			if b.kind != "yaml" {

@@ -4,15 +4,15 @@
 #
 # Installed, when missing: the packages below. Fetched into the cache and not
 # installed: a second, newer QEMU and the parts of the test guests (fetch.sh).
-# Built there: the guests' kernel and initramfs (guest.sh). The cache is .cache,
-# or where VMSNAP_CACHE says.
+# Built there: the guests' kernel and initramfs (guest.sh), and a Debian to test
+# packages in (tree.sh). The cache is .cache, or where VMSNAP_CACHE says.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(
     binutils busybox-static ca-certificates curl e2fsprogs gcc libc6-dev
-    libprotobuf-dev lz4 prometheus protobuf-compiler qemu-system-x86 qemu-utils
-    seabios socat strace
+    libprotobuf-dev lz4 mmdebstrap prometheus protobuf-compiler qemu-system-x86
+    qemu-utils rpm seabios socat strace systemd systemd-container
 )
 
 VMSNAP_CACHE=${VMSNAP_CACHE:-$PWD/.cache}
@@ -58,3 +58,4 @@ stamped fetch hack/fetch.sh
 install_missing $(cat "$VMSNAP_CACHE/libraries")
 stamped guest hack/guest.sh "$VMSNAP_CACHE/fetch.stamp" \
     $(find internal/testvm/guest internal/testvm/wire -name '*.go' ! -name '*_test.go' | sort)
+stamped tree hack/tree.sh

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"os"
 	"runtime"
 	"time"
 	"unsafe"
@@ -75,7 +74,8 @@ type LeftChunks struct {
 // copied, which takes less than a millisecond. No region gets more huge pages
 // than it had, and the guest takes no more memory than before.
 //
-// It needs CAP_SYS_NICE, and CAP_SYS_PTRACE for a QEMU of another user.
+// It needs CAP_SYS_NICE, and CAP_SYS_PTRACE for a QEMU of another user or with
+// more capabilities.
 // ErrCannotCollapse means that it will not work for any VM. When the context or
 // QEMU ends it stops, with what it has done so far. It may be called again.
 func Collapse(ctx context.Context, pid int, opts CollapseOptions) (CollapseResult, error) {
@@ -107,6 +107,7 @@ type collapser struct {
 	began  time.Time
 	cpu    time.Duration // of this thread when it began
 	failed int           // chunks without memory since the last that went well
+	stale  bool          // there is more in huge pages than result.After
 	result CollapseResult
 }
 
@@ -126,7 +127,7 @@ func (c *collapser) run(before HugePages) (err error) {
 	}
 	defer func() { err = errors.Join(err, unix.Close(c.pidfd)) }()
 	if c.pages, err = openPageTable(c.pid, c.chunk); err != nil {
-		return notPermitted(err)
+		return notPermitted(ended(err))
 	}
 	defer func() { err = errors.Join(err, c.pages.Close()) }()
 
@@ -138,7 +139,7 @@ func (c *collapser) run(before HugePages) (err error) {
 	if err != nil {
 		return notPermitted(err)
 	}
-	c.result.Found, c.result.After = found.Bytes(), found.Bytes()
+	c.result.Found = found.Bytes()
 	err = c.putBack(before, found)
 	if e := c.finish(before); err == nil {
 		err = e
@@ -148,9 +149,9 @@ func (c *collapser) run(before HugePages) (err error) {
 
 // finish measures what has come of it.
 func (c *collapser) finish(before HugePages) error {
-	now, err := c.measure(before)
-	if err == nil {
-		c.result.After = now.Bytes()
+	var err error
+	if c.stale {
+		_, err = c.measure(before)
 	}
 	cpu, cpuErr := threadCPU()
 	c.result.CPU, c.result.Elapsed = cpu-c.cpu, time.Since(c.began)
@@ -162,11 +163,11 @@ func (c *collapser) finish(before HugePages) error {
 // region has that much or less.
 func (c *collapser) measure(before HugePages) (HugePages, error) {
 	all, err := mappings(c.pid)
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) || err == nil && len(all) == 0 {
-		return before, ErrQEMUEnded
+	if err == nil && len(all) == 0 {
+		err = ErrQEMUEnded // its memory goes first
 	}
 	if err != nil {
-		return before, err
+		return before, ended(err)
 	}
 	now := HugePages{StartTime: before.StartTime, Regions: make([]HugeRegion, len(before.Regions))}
 	for i, r := range before.Regions {
@@ -177,6 +178,7 @@ func (c *collapser) measure(before HugePages) (HugePages, error) {
 			}
 		}
 	}
+	c.result.After, c.stale = now.Bytes(), false
 	return now, nil
 }
 
@@ -258,6 +260,7 @@ func (c *collapser) chunkAt(address uint64) (bool, error) {
 	}
 	switch {
 	case err == nil:
+		c.stale = true
 		return true, nil
 	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EBUSY):
 		c.result.Left.Busy++
@@ -266,10 +269,8 @@ func (c *collapser) chunkAt(address uint64) (bool, error) {
 		c.failed++
 	case errors.Is(err, unix.EINVAL):
 		c.result.Left.Refused++
-	case errors.Is(err, unix.ESRCH):
-		return false, ErrQEMUEnded
 	default:
-		return false, notPermitted(err)
+		return false, notPermitted(ended(err))
 	}
 	return false, nil
 }

@@ -35,6 +35,15 @@ func residentMemory(pid int) (memoryUse, error) {
 	}, nil
 }
 
+// ended makes what the kernel says of a process that is not there any more an
+// ErrQEMUEnded.
+func ended(err error) error {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("%w: %w", ErrQEMUEnded, err)
+	}
+	return err
+}
+
 func procPath(pid int, name string) string {
 	return filepath.Join("/proc", strconv.Itoa(pid), name)
 }

@@ -94,8 +94,20 @@ func Rescue(ctx context.Context, s Suspect) (StuckResult, error) {
 	return r, nil
 }
 
-// examine looks and asks, twice.
+// examine judges the process that pidfd is of.
 func (s Suspect) examine(ctx context.Context, pidfd int) (StuckResult, error) {
+	r, err := s.judge(ctx)
+	if err == nil {
+		err = stillRuns(pidfd)
+	}
+	if err != nil {
+		r.Stuck = false
+	}
+	return r, err
+}
+
+// judge looks and asks, twice.
+func (s Suspect) judge(ctx context.Context) (StuckResult, error) {
 	for second := false; ; second = true {
 		r, err := s.look()
 		if err != nil || r.Reason != "" {
@@ -106,7 +118,7 @@ func (s Suspect) examine(ctx context.Context, pidfd int) (StuckResult, error) {
 			return r, context.Cause(ctx)
 		}
 		if err != nil {
-			return s.watchSilent(ctx, pidfd, err)
+			return s.watchSilent(ctx, err)
 		}
 		if underWay(m.Status) {
 			r.Reason = fmt.Sprintf("a migration is under way (%s)", m.Status)
@@ -115,7 +127,7 @@ func (s Suspect) examine(ctx context.Context, pidfd int) (StuckResult, error) {
 		if second {
 			r.Stuck = true
 			r.Reason = fmt.Sprintf("the latest migration is %q, and the memory is still protected from writes", m.Status)
-			return r, stillRuns(pidfd)
+			return r, nil
 		}
 		if err := waitFor(ctx, stuckSettle); err != nil {
 			return r, err
@@ -135,15 +147,15 @@ func (s Suspect) look() (StuckResult, error) {
 	var r StuckResult
 	descriptors, err := userfaultfds(s.PID)
 	if err != nil {
-		return r, err
+		return r, ended(err)
 	}
 	all, err := mappings(s.PID)
 	if err != nil {
-		return r, err
+		return r, ended(err)
 	}
 	blocked, err := threads(s.PID)
 	if err != nil {
-		return r, err
+		return r, ended(err)
 	}
 	for _, t := range blocked {
 		if t.faulting {
@@ -174,7 +186,7 @@ func protectedBytes(all []mapping) uint64 {
 
 // watchSilent judges a QEMU that does not answer, by what its threads do for a
 // while.
-func (s Suspect) watchSilent(ctx context.Context, pidfd int, silence error) (StuckResult, error) {
+func (s Suspect) watchSilent(ctx context.Context, silence error) (StuckResult, error) {
 	undecided := func(why string) error {
 		return fmt.Errorf("%w: %s, and QEMU does not tell: %w", ErrUndecided, why, silence)
 	}
@@ -188,7 +200,7 @@ func (s Suspect) watchSilent(ctx context.Context, pidfd int, silence error) (Stu
 		}
 		all, err := threads(s.PID)
 		if err != nil {
-			return r, err
+			return r, ended(err)
 		}
 		for _, t := range all {
 			if t.halted() {
@@ -210,7 +222,7 @@ func (s Suspect) watchSilent(ctx context.Context, pidfd int, silence error) (Stu
 	}
 	now.Stuck = true
 	now.Reason = "QEMU does not answer, threads of it wait to be let write, and no save lets them"
-	return now, stillRuns(pidfd)
+	return now, nil
 }
 
 // stillWaiting returns those threads, and how often they have waited for

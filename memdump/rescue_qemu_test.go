@@ -426,3 +426,27 @@ func (g *stuckGuest) awaitBlocked() {
 		<-time.After(200 * time.Millisecond) // nothing tells of a fault
 	}
 }
+
+// A QEMU that has ended is not taken for a healthy one, nor is one that ends
+// while it is watched.
+func TestQEMUStuckEnds(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		g := startStuckGuest(t, q)
+		target := g.migrateToPipe()
+		g.awaitBlocked()
+		s := g.suspect()
+		s.Migration = func(context.Context) (monitor.Migration, error) {
+			g.Kill()
+			return monitor.Migration{Status: monitor.MigrationFailed}, nil
+		}
+		for range 2 {
+			if r, err := Stuck(g.ctx(), s); !errors.Is(err, ErrQEMUEnded) || r.Stuck {
+				t.Errorf("stuck: %+v, %v", r, err)
+			}
+		}
+		if r, err := Rescue(g.ctx(), s); !errors.Is(err, ErrQEMUEnded) {
+			t.Errorf("rescue: %+v, %v", r, err)
+		}
+		target.drain()
+	})
+}

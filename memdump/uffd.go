@@ -91,7 +91,8 @@ func liftProtection(pidfd, pid int) error {
 		return err
 	}
 	if left := protectedBytes(all); left > 0 {
-		return fmt.Errorf("%d bytes are still protected: %w", left, errors.Join(refused...))
+		still := fmt.Errorf("%d bytes are still protected from writes", left)
+		return errors.Join(append([]error{still}, refused...)...)
 	}
 	return nil
 }

@@ -182,7 +182,7 @@ func (c *cut) transactWithMemory(ctx context.Context) error {
 }
 
 func (c *cut) memoryProgress(p memdump.Progress) {
-	c.o.Progress(p.Done, p.Total, "bytes")
+	c.o.ProgressOfPass(p.Pass, p.Done, p.Total, "bytes")
 }
 
 // finishWithMemory follows a cut of which the memory is still being written. A

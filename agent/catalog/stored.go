@@ -46,10 +46,11 @@ type progressJSON struct {
 	Unit  string  `json:"unit"`
 	Rate  float64 `json:"rate,omitempty"`
 	ETA   int64   `json:"eta,omitempty"` // nanoseconds
+	Pass  int     `json:"pass,omitempty"`
 }
 
 func storedProgress(p op.Progress) progressJSON {
-	return progressJSON{p.Done, p.Total, p.Unit, p.Rate, int64(p.ETA)}
+	return progressJSON{p.Done, p.Total, p.Unit, p.Rate, int64(p.ETA), p.Pass}
 }
 
 type progressColumn struct{ progress *op.Progress }
@@ -60,7 +61,7 @@ func (c progressColumn) Scan(v any) error {
 	if err := (jsonColumn{&p}).Scan(v); err != nil {
 		return err
 	}
-	*c.progress = op.Progress{Done: p.Done, Total: p.Total, Unit: p.Unit, Rate: p.Rate, ETA: time.Duration(p.ETA)}
+	*c.progress = op.Progress{Done: p.Done, Total: p.Total, Unit: p.Unit, Rate: p.Rate, ETA: time.Duration(p.ETA), Pass: p.Pass}
 	return nil
 }
 

@@ -161,13 +161,18 @@ func (o *Op) SetSnapshot(id string) { o.change(func(rec *Record) { rec.Snapshot 
 // number is unknown. It is cheap: report as often as you like. The rate and the
 // time left are measured over the last seconds. When the step ends, the progress
 // is that of the steps again, if they were announced.
-func (o *Op) Progress(done, total uint64, unit string) {
+func (o *Op) Progress(done, total uint64, unit string) { o.ProgressOfPass(0, done, total, unit) }
+
+// ProgressOfPass is Progress for work that goes over the same again: what was
+// done in one pass may have to be done again in the next. Passes count from 1.
+func (o *Op) ProgressOfPass(pass int, done, total uint64, unit string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.rec.State.Final() {
 		return
 	}
 	o.rec.Progress = o.meter.progress(time.Now(), done, total, unit)
+	o.rec.Progress.Pass = pass
 	o.rec.Revision++
 	o.publish.touch()
 }

@@ -21,15 +21,15 @@ func TestMeter(t *testing.T) {
 		want    Progress
 	}{
 		"one report":     {[]report{{0, 10, "bytes"}}, 100, Progress{Done: 10, Total: 100, Unit: "bytes"}},
-		"steady":         {[]report{{0, 0, "bytes"}, {time.Second, 10, "bytes"}, {2 * time.Second, 20, "bytes"}}, 100, Progress{20, 100, "bytes", 10, 8 * time.Second}},
-		"total unknown":  {[]report{{0, 0, "bytes"}, {time.Second, 10, "bytes"}}, 0, Progress{10, 0, "bytes", 10, 0}},
-		"over the total": {[]report{{0, 0, "bytes"}, {time.Second, 10, "bytes"}}, 5, Progress{10, 5, "bytes", 10, 0}},
+		"steady":         {[]report{{0, 0, "bytes"}, {time.Second, 10, "bytes"}, {2 * time.Second, 20, "bytes"}}, 100, Progress{20, 100, "bytes", 10, 8 * time.Second, 0}},
+		"total unknown":  {[]report{{0, 0, "bytes"}, {time.Second, 10, "bytes"}}, 0, Progress{10, 0, "bytes", 10, 0, 0}},
+		"over the total": {[]report{{0, 0, "bytes"}, {time.Second, 10, "bytes"}}, 5, Progress{10, 5, "bytes", 10, 0, 0}},
 		"the last seconds count": {
 			[]report{{0, 0, "bytes"}, {10 * time.Second, 1000, "bytes"}, {15 * time.Second, 1010, "bytes"}}, 2000,
-			Progress{1010, 2000, "bytes", 2, 495 * time.Second},
+			Progress{1010, 2000, "bytes", 2, 495 * time.Second, 0},
 		},
 		"it stalls":       {[]report{{0, 0, "bytes"}, {time.Second, 10, "bytes"}, {10 * time.Second, 10, "bytes"}}, 100, Progress{Done: 10, Total: 100, Unit: "bytes", Rate: 0}},
-		"it starts over":  {[]report{{0, 90, "bytes"}, {time.Second, 5, "bytes"}, {2 * time.Second, 10, "bytes"}}, 100, Progress{10, 100, "bytes", 5, 18 * time.Second}},
+		"it starts over":  {[]report{{0, 90, "bytes"}, {time.Second, 5, "bytes"}, {2 * time.Second, 10, "bytes"}}, 100, Progress{10, 100, "bytes", 5, 18 * time.Second, 0}},
 		"another unit":    {[]report{{0, 90, "bytes"}, {time.Second, 91, "blocks"}}, 100, Progress{Done: 91, Total: 100, Unit: "blocks"}},
 		"never to finish": {[]report{{0, 0, "bytes"}, {5 * time.Second, 1, "bytes"}}, 1 << 63, Progress{Done: 1, Total: 1 << 63, Unit: "bytes", Rate: 0.2}},
 	} {

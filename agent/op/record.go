@@ -85,6 +85,7 @@ type Progress struct {
 	Unit        string  // "steps" or "bytes"
 	Rate        float64 // units a second over the last seconds; 0 when unknown
 	ETA         time.Duration
+	Pass        int // of work that goes over the same again, from 1; 0 of other work
 }
 
 // Warning is something that the caller should know and that did not stop the

@@ -99,7 +99,7 @@ func operationProto(r op.Record) *vmsnapv1.Operation {
 }
 
 func progressProto(p op.Progress) *vmsnapv1.Progress {
-	return &vmsnapv1.Progress{Done: p.Done, Total: p.Total, Unit: text(p.Unit), Rate: p.Rate, Eta: span(p.ETA)}
+	return &vmsnapv1.Progress{Done: p.Done, Total: p.Total, Unit: text(p.Unit), Rate: p.Rate, Eta: span(p.ETA), Pass: uint32(max(p.Pass, 0))}
 }
 
 func stepProto(s op.Step) *vmsnapv1.Step {

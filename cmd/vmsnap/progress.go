@@ -195,6 +195,9 @@ func (b *bar) text() string {
 	}
 	if p := b.last.GetProgress(); p.GetTotal() > 0 {
 		parts = append(parts, gauge(p.GetDone(), p.GetTotal()), progressText(p))
+		if p.GetPass() > 1 {
+			parts = append(parts, fmt.Sprintf("pass %d", p.GetPass()))
+		}
 		if p.GetEta() != nil {
 			parts = append(parts, "about "+brief(p.GetEta().AsDuration())+" left")
 		}

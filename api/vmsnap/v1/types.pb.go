@@ -1991,8 +1991,10 @@ type Progress struct {
 	// "steps" or "bytes".
 	Unit string `protobuf:"bytes,3,opt,name=unit,proto3" json:"unit,omitempty"`
 	// Units a second. 0 while it is unknown.
-	Rate          float64              `protobuf:"fixed64,4,opt,name=rate,proto3" json:"rate,omitempty"`
-	Eta           *durationpb.Duration `protobuf:"bytes,5,opt,name=eta,proto3" json:"eta,omitempty"`
+	Rate float64              `protobuf:"fixed64,4,opt,name=rate,proto3" json:"rate,omitempty"`
+	Eta  *durationpb.Duration `protobuf:"bytes,5,opt,name=eta,proto3" json:"eta,omitempty"`
+	// Of work that goes over the same again, from 1. 0 of other work.
+	Pass          uint32 `protobuf:"varint,6,opt,name=pass,proto3" json:"pass,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2060,6 +2062,13 @@ func (x *Progress) GetEta() *durationpb.Duration {
 		return x.Eta
 	}
 	return nil
+}
+
+func (x *Progress) GetPass() uint32 {
+	if x != nil {
+		return x.Pass
+	}
+	return 0
 }
 
 var File_vmsnap_v1_types_proto protoreflect.FileDescriptor
@@ -2222,13 +2231,14 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\astarted\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x120\n" +
 	"\x05ended\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\x12\x14\n" +
-	"\x05error\x18\x04 \x01(\tR\x05error\"\x89\x01\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\"\x9d\x01\n" +
 	"\bProgress\x12\x12\n" +
 	"\x04done\x18\x01 \x01(\x04R\x04done\x12\x14\n" +
 	"\x05total\x18\x02 \x01(\x04R\x05total\x12\x12\n" +
 	"\x04unit\x18\x03 \x01(\tR\x04unit\x12\x12\n" +
 	"\x04rate\x18\x04 \x01(\x01R\x04rate\x12+\n" +
-	"\x03eta\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x03eta*\xa7\x03\n" +
+	"\x03eta\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x03eta\x12\x12\n" +
+	"\x04pass\x18\x06 \x01(\rR\x04pass*\xa7\x03\n" +
 	"\tErrorCode\x12\x1a\n" +
 	"\x16ERROR_CODE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11ERROR_CODE_FAILED\x10\x01\x12\x14\n" +

@@ -13,22 +13,24 @@ import (
 // the next save longer. It works in the background, and stops for a save.
 type hugePages struct {
 	mu     sync.Mutex
-	before memdump.HugePages // before the first save
+	before memdump.HugePages // the most that there was before a save
 	stop   context.CancelFunc
 	ended  chan struct{} // closed when nothing is being put back; nil before the first time
 }
 
-// beforeSave notes what there is, and ends what is still being put back.
+// beforeSave ends what is still being put back, and notes what there is: the
+// guest may have got more since the last save, and not yet all of it back.
 func (h *hugePages) beforeSave(pid int) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.ended != nil {
 		h.stop()
 		<-h.ended
-		return nil // what was noted then is as good, and more
 	}
-	var err error
-	h.before, err = memdump.QueryHugePages(pid)
+	now, err := memdump.QueryHugePages(pid)
+	if err == nil {
+		h.before = h.before.Most(now)
+	}
 	return err
 }
 
@@ -47,7 +49,7 @@ func (h *hugePages) afterSave(c *cut, pid int) {
 		defer close(ended)
 		defer stop()
 		r, err := memdump.Collapse(ctx, pid, memdump.CollapseOptions{Before: before})
-		if err != nil && !errors.Is(err, context.Canceled) && context.Cause(ctx) == nil {
+		if err != nil && ctx.Err() == nil && !errors.Is(err, memdump.ErrQEMUEnded) {
 			log.Warn("the guest's huge pages are not put back", "error", err)
 			return
 		}

@@ -33,6 +33,15 @@ type Backend interface {
 	WatchOperation(ctx context.Context, id string) iter.Seq2[op.Record, error]
 	CancelOperation(ctx context.Context, id string) (op.Record, error)
 
+	CreateSchedule(ctx context.Context, spec agent.ScheduleSpec, uid uint32) (agent.ScheduleView, error)
+	Schedules(ctx context.Context) ([]agent.ScheduleView, error)
+	Schedule(ctx context.Context, ref string) (agent.ScheduleView, error)
+	EditSchedule(ctx context.Context, ref string, spec agent.ScheduleSpec, revision uint64) (agent.ScheduleView, error)
+	PauseSchedule(ctx context.Context, ref string, paused bool) (agent.ScheduleView, error)
+	DeleteSchedule(ctx context.Context, ref string) error
+	TakenRuns(ctx context.Context, filter agent.RunFilter) ([]agent.RunView, error)
+	ComingRuns(ctx context.Context, filter agent.RunFilter) ([]agent.RunView, error)
+
 	Events(ctx context.Context, filter agent.EventFilter) (agent.EventList, error)
 	// WatchEvents yields events as they come. It stops with ctx.
 	WatchEvents(ctx context.Context, filter agent.EventFilter) iter.Seq2[agent.EventNews, error]

@@ -188,7 +188,7 @@ func TestHealthAndReflection(t *testing.T) {
 		names = append(names, s.GetName())
 	}
 	slices.Sort(names)
-	want := []string{"vmsnap.v1.EventService", "vmsnap.v1.OperationService", "vmsnap.v1.SnapshotService", "vmsnap.v1.VMService"}
+	want := []string{"vmsnap.v1.EventService", "vmsnap.v1.OperationService", "vmsnap.v1.ScheduleService", "vmsnap.v1.SnapshotService", "vmsnap.v1.VMService"}
 	if d := cmp.Diff(want, names); d != "" {
 		t.Errorf("services (-want +got):\n%s", d)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/event"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
+	"github.com/vmsnap/vmsnap/agent/schedule"
 )
 
 // words are valid values of the types that are words.
@@ -26,6 +27,11 @@ var words = map[reflect.Type]string{
 	reflect.TypeFor[agent.MemoryStrategy](): string(agent.MemoryStopped),
 	reflect.TypeFor[fault.Kind]():           string(fault.Busy),
 	reflect.TypeFor[event.Severity]():       string(event.Error),
+	reflect.TypeFor[schedule.Kind]():        string(schedule.Weekly),
+	reflect.TypeFor[schedule.Missed]():      string(schedule.Skip),
+	reflect.TypeFor[catalog.Overlap]():      string(catalog.OverlapSkip),
+	reflect.TypeFor[catalog.RunState]():     string(catalog.RunSkipped),
+	reflect.TypeFor[agent.Quiesce]():        string(agent.QuiesceNone),
 }
 
 // filled returns a value in which nothing is zero.
@@ -94,6 +100,7 @@ func TestEveryFieldIsConverted(t *testing.T) {
 		"Plan":      planProto(filled[agent.Plan]()),
 		"Finding":   findingProto(filled[agent.Finding]()),
 		"Event":     eventProto(filled[event.Event]()),
+		"Schedule":  scheduleProto(filled[agent.ScheduleView]()),
 	} {
 		empty(t, name, m.ProtoReflect())
 		if _, err := proto.Marshal(m); err != nil {
@@ -110,6 +117,7 @@ func empty(t *testing.T, path string, m protoreflect.Message) {
 		here := path + "." + string(fd.Name())
 		switch {
 		case here == "Plan.blockers.operation_id": // only busy errors have one
+		case here == "Schedule.spec.snapshot.vm" || here == "Schedule.spec.snapshot.name" || here == "Schedule.spec.snapshot.request_id": // the schedule's own
 		case !m.Has(fd):
 			t.Errorf("%s is empty", here)
 		case fd.Message() == nil || fd.IsMap() || fd.Message().FullName().Parent() == "google.protobuf":

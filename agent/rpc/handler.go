@@ -46,12 +46,14 @@ func NewHandler(backend Backend, opts Options) http.Handler {
 		vmsnapv1connect.SnapshotServiceName,
 		vmsnapv1connect.OperationServiceName,
 		vmsnapv1connect.EventServiceName,
+		vmsnapv1connect.ScheduleServiceName,
 	}
 	mux := http.NewServeMux()
 	mux.Handle(vmsnapv1connect.NewVMServiceHandler(vmService{backend}, common...))
 	mux.Handle(vmsnapv1connect.NewSnapshotServiceHandler(snapshotService{backend}, common...))
 	mux.Handle(vmsnapv1connect.NewOperationServiceHandler(operationService{backend}, common...))
 	mux.Handle(vmsnapv1connect.NewEventServiceHandler(eventService{backend}, common...))
+	mux.Handle(vmsnapv1connect.NewScheduleServiceHandler(scheduleService{backend}, common...))
 	mux.Handle(grpchealth.NewHandler(grpchealth.NewStaticChecker(served...), common...))
 	reflector := grpcreflect.NewStaticReflector(served...)
 	mux.Handle(grpcreflect.NewHandlerV1(reflector, common...))

@@ -69,6 +69,15 @@ var needed = map[string]Role{
 	vmsnapv1connect.EventServiceListEventsProcedure:  Viewer,
 	vmsnapv1connect.EventServiceWatchEventsProcedure: Viewer,
 
+	vmsnapv1connect.ScheduleServiceListSchedulesProcedure:  Viewer,
+	vmsnapv1connect.ScheduleServiceGetScheduleProcedure:    Viewer,
+	vmsnapv1connect.ScheduleServiceListRunsProcedure:       Viewer,
+	vmsnapv1connect.ScheduleServiceCreateScheduleProcedure: Operator,
+	vmsnapv1connect.ScheduleServiceEditScheduleProcedure:   Operator,
+	vmsnapv1connect.ScheduleServicePauseScheduleProcedure:  Operator,
+	vmsnapv1connect.ScheduleServiceResumeScheduleProcedure: Operator,
+	vmsnapv1connect.ScheduleServiceDeleteScheduleProcedure: Operator,
+
 	"/" + grpchealth.HealthV1ServiceName + "/Check":                       Viewer,
 	"/" + grpchealth.HealthV1ServiceName + "/Watch":                       Viewer,
 	"/" + grpcreflect.ReflectV1ServiceName + "/ServerReflectionInfo":      Viewer,

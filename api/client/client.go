@@ -38,6 +38,7 @@ type Client struct {
 	snapshots  vmsnapv1connect.SnapshotServiceClient
 	operations vmsnapv1connect.OperationServiceClient
 	events     vmsnapv1connect.EventServiceClient
+	schedules  vmsnapv1connect.ScheduleServiceClient
 }
 
 // New returns a client of the daemon that listens at a socket. It connects
@@ -69,6 +70,7 @@ func New(socket string) *Client {
 		snapshots:  vmsnapv1connect.NewSnapshotServiceClient(c, baseURL, plain),
 		operations: vmsnapv1connect.NewOperationServiceClient(c, baseURL, plain),
 		events:     vmsnapv1connect.NewEventServiceClient(c, baseURL, plain),
+		schedules:  vmsnapv1connect.NewScheduleServiceClient(c, baseURL, plain),
 	}
 }
 
@@ -86,6 +88,9 @@ func (c *Client) Operations() vmsnapv1connect.OperationServiceClient { return c.
 
 // Events returns the client of the EventService.
 func (c *Client) Events() vmsnapv1connect.EventServiceClient { return c.events }
+
+// Schedules returns the client of the ScheduleService.
+func (c *Client) Schedules() vmsnapv1connect.ScheduleServiceClient { return c.schedules }
 
 // Close closes the connection when no call uses it. The client can be used
 // again; it will connect anew.

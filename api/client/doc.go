@@ -2,7 +2,7 @@
 // vmsnap command.
 //
 // A Client speaks to one daemon over its Unix socket. The services are reached
-// by VMs, Snapshots, Operations and Events; Wait and Follow stay with an
+// by VMs, Snapshots, Operations, Schedules and Events; Wait and Follow stay with an
 // operation to its end, WatchEvents with what happens on the host, over broken
 // connections and restarts of the daemon.
 // Long work is never bound to a connection: a caller that goes away loses

@@ -12,6 +12,8 @@ import (
 	"github.com/vmsnap/vmsnap/agent/rpc/rpctest"
 )
 
+const scheduleCompletions = "dbs\tcron\nnightly\tdaily\n"
+
 const vmCompletions = "web\trunning,frozen\ndatenbank-東京\tstopped\nlegacy\tunknown\n"
 
 func TestCompletion(t *testing.T) {
@@ -43,6 +45,15 @@ func TestCompletion(t *testing.T) {
 		"event list --operation ": "0badcafe\tfreeze of web, running\nc0ffee02\tsnapshot of legacy, failed\n" +
 			"c0ffee01\tsnapshot of web, succeeded\n",
 		"event watch --since ": "",
+
+		"schedule show ":                 scheduleCompletions,
+		"schedule edit ":                 scheduleCompletions,
+		"schedule delete ":               scheduleCompletions,
+		"schedule create ":               vmCompletions,
+		"schedule create web --disk ":    "root\t20 GiB\ndata\t500 GiB\n",
+		"schedule create web --missed ":  "catch-up\nskip\n",
+		"snapshot list web --disk ":      "root\t20 GiB\ndata\t500 GiB\n",
+		"schedule create web --monthly ": "1\n15\nlast\n",
 	} {
 		t.Run(line, func(t *testing.T) {
 			got := command(t, socket, append([]string{"__complete"}, strings.Split(line, " ")...)...)

@@ -142,6 +142,17 @@ first one's snapshot instead of taking another.`,
 			return a.create(&c)
 		},
 	}
+	c.options(a, cmd)
+	flags := cmd.Flags()
+	flags.BoolVar(&c.dryRun, "dry-run", false, "only say what would be done, or why it would be refused")
+	flags.BoolVar(&c.detach, "detach", false, "return when the operation has begun")
+	flags.StringVar(&c.req.RequestId, "request-id", "", "makes repeating the command safe, for 30 days")
+	noFiles(cmd, "request-id")
+	return cmd
+}
+
+// options are the flags of what a snapshot is like.
+func (c *creation) options(a *app, cmd *cobra.Command) {
 	c.freezing.flags(cmd)
 	flags := cmd.Flags()
 	flags.StringArrayVar(&c.req.Disks, "disk", nil, "take only this `disk`; may be repeated")
@@ -153,26 +164,37 @@ first one's snapshot instead of taking another.`,
 	flags.BoolVar(&c.req.Compress, "compress", false, "compress the memory once it is saved")
 	flags.StringVar(&c.req.Description, "description", "", "what the snapshot is for")
 	flags.StringArrayVar(&c.labels, "label", nil, "a label, `key=value`; may be repeated")
-	flags.BoolVar(&c.dryRun, "dry-run", false, "only say what would be done, or why it would be refused")
 	flags.BoolVar(&c.req.Strict, "strict", false, "refuse when there is a warning")
 	flags.BoolVar(&c.req.AllowPartial, "allow-partial", false, "let a disk that fails drop out, and exit with 3")
-	flags.BoolVar(&c.detach, "detach", false, "return when the operation has begun")
-	flags.StringVar(&c.req.RequestId, "request-id", "", "makes repeating the command safe, for 30 days")
-	noFiles(cmd, "description", "label", "request-id", "max-pause")
+	noFiles(cmd, "description", "label", "max-pause")
 	must(cmd.RegisterFlagCompletionFunc("memory-strategy", cobra.FixedCompletions([]string{"background", "precopy", "stopped"}, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("quiesce", cobra.FixedCompletions([]string{"require", "prefer", "none"}, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("disk", a.completing(a.completeDisks)))
 	must(cmd.RegisterFlagCompletionFunc("exclude", a.completing(a.completeDisks)))
-	return cmd
 }
 
 // complete puts the request together from the command line.
 func (c *creation) complete(cmd *cobra.Command, args []string) error {
-	if err := c.freezing.check(cmd); err != nil {
-		return err
-	}
 	if c.dryRun && c.detach {
 		return usage(cmd, "--dry-run and --detach exclude each other")
+	}
+	if err := c.take(cmd); err != nil {
+		return err
+	}
+	c.req.Vm = args[0]
+	if len(args) > 1 {
+		c.req.Name = args[1]
+	}
+	if c.req.RequestId == "" {
+		c.req.RequestId = rand.Text()
+	}
+	return nil
+}
+
+// take puts the options together.
+func (c *creation) take(cmd *cobra.Command) error {
+	if err := c.freezing.check(cmd); err != nil {
+		return err
 	}
 	for _, name := range []string{"memory-strategy", "max-pause", "compress"} {
 		if cmd.Flags().Changed(name) && !c.req.GetMemory() {
@@ -186,10 +208,6 @@ func (c *creation) complete(cmd *cobra.Command, args []string) error {
 	if err != nil {
 		return err
 	}
-	c.req.Vm = args[0]
-	if len(args) > 1 {
-		c.req.Name = args[1]
-	}
 	c.req.Labels = labels
 	c.req.Quiesce = quiesces[c.quiesce]
 	c.req.MemoryStrategy = strategies[c.strategy]
@@ -197,9 +215,6 @@ func (c *creation) complete(cmd *cobra.Command, args []string) error {
 	c.req.Mountpoints = c.freezing.mountpoints
 	c.req.FreezeTimeout = optional(c.freezing.timeout)
 	c.req.Lease = optional(c.freezing.lease)
-	if c.req.RequestId == "" {
-		c.req.RequestId = rand.Text()
-	}
 	return nil
 }
 

@@ -22,16 +22,24 @@ func (a *app) snapshot() *cobra.Command {
 
 func (a *app) snapshotList() *cobra.Command {
 	var labels []string
+	var runs runs
 	order := sortTime
 	cmd := &cobra.Command{
 		Use:   "list [VM]",
 		Short: "List the snapshots of one VM or of all, the newest first",
 		Example: `  vmsnap snapshot list
   vmsnap snapshot list web --sort name
-  vmsnap snapshot list --label team=infra -o name`,
+  vmsnap snapshot list --label team=infra -o name
+  vmsnap snapshot list web --scheduled`,
 		Args:              takes("[VM]"),
 		ValidArgsFunction: a.completing(a.completeVMs),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if wanted, err := runs.wanted(cmd); wanted || err != nil {
+				if err != nil {
+					return err
+				}
+				return runs.list(cmd.Context(), a, strings.Join(args, ""))
+			}
 			wanted, err := parseLabels(cmd, labels)
 			if err != nil {
 				return err
@@ -50,6 +58,7 @@ func (a *app) snapshotList() *cobra.Command {
 			return a.print(snapshotsResult(res.Msg))
 		},
 	}
+	runs.flags(a, cmd)
 	flags := cmd.Flags()
 	flags.StringArrayVar(&labels, "label", nil, "only those with this label, `key=value`; may be repeated")
 	flags.Var(&order, "sort", "how to sort: time (the newest first) or name")

@@ -43,6 +43,9 @@ type config struct {
 	WebhookURL    string
 	WebhookSecret string
 
+	ScheduleMaxKeep int
+	ScheduleMaxAge  time.Duration
+
 	places map[string]string // FILE:LINE of the settings that a file gave
 }
 
@@ -55,6 +58,7 @@ func (c *config) settings() map[string]any {
 		"log-level": &c.LogLevel, "log-format": &c.LogFormat, "scan-only": &c.ScanOnly, "listed-only": &c.ListedOnly,
 		"event-keep": &c.EventKeep, "event-max-age": &c.EventMaxAge, "event-journal": &c.EventJournal,
 		"webhook-url": &c.WebhookURL, "webhook-secret": &c.WebhookSecret,
+		"schedule-max-keep": &c.ScheduleMaxKeep, "schedule-max-age": &c.ScheduleMaxAge,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
 	}
 }
@@ -81,6 +85,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.BoolVar(&c.EventJournal, "event-journal", false, "write events to systemd's journal")
 	f.StringVar(&c.WebhookURL, "webhook-url", "", "`URL` that events are posted to as JSON")
 	f.StringVar(&c.WebhookSecret, "webhook-secret", "", "`file` with the secret with which posted events are signed")
+	f.IntVar(&c.ScheduleMaxKeep, "schedule-max-keep", 0, "how many snapshots of a VM a schedule may keep (default: any number)")
+	f.DurationVar(&c.ScheduleMaxAge, "schedule-max-age", 0, "how old the snapshots of a schedule may get (default: any age)")
 	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look")
 	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw")
 	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything")
@@ -198,6 +204,12 @@ func (c *config) check() error {
 	}
 	if c.EventKeep < 1 {
 		return c.wrong("event-keep", "%d is less than 1", c.EventKeep)
+	}
+	if c.ScheduleMaxKeep < 0 {
+		return c.wrong("schedule-max-keep", "%d is less than 0", c.ScheduleMaxKeep)
+	}
+	if c.ScheduleMaxAge < 0 {
+		return c.wrong("schedule-max-age", "%s is less than 0", c.ScheduleMaxAge)
 	}
 	if c.EventMaxAge <= 0 {
 		return c.wrong("event-max-age", "%s is not more than 0", c.EventMaxAge)

@@ -71,6 +71,8 @@ func TestEventSettings(t *testing.T) {
 		"event-keep: 0\n":         "vmsnapd.yaml:1: event-keep: ",
 		"event-max-age: 90 d\n":   "vmsnapd.yaml:1: event-max-age: must be a duration",
 		"event-max-age: -1s\n":    "vmsnapd.yaml:1: event-max-age: ",
+		"schedule-max-keep: -1\n": "vmsnapd.yaml:1: schedule-max-keep: ",
+		"schedule-max-age: -1h\n": "vmsnapd.yaml:1: schedule-max-age: ",
 		"webhook-url: {a: b}\n":   "vmsnapd.yaml:1: webhook-url: must be a text",
 		"event-journal: always\n": "vmsnapd.yaml:1: event-journal: must be true or false",
 	} {

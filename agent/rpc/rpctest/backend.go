@@ -36,6 +36,7 @@ type Backend struct {
 	operations []op.Record
 	changed    chan struct{} // closed and replaced at each change of an operation
 	events     events
+	schedules  []agent.ScheduleView
 }
 
 // NewBackend returns a backend that knows nothing.

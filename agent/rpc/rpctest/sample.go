@@ -26,6 +26,9 @@ func Sample() *Backend {
 		b.PutOperation(r)
 	}
 	sampleEvents(b)
+	for _, s := range sampleSchedules() {
+		b.AddSchedule(s)
+	}
 	return b
 }
 

@@ -110,7 +110,7 @@ func jobCommand(ctx context.Context, m Monitor, command, id string) error {
 // reconciled by asking for the job.
 func (j Job) start(ctx context.Context, m Monitor, command string, args map[string]any) error {
 	args["job-id"] = j.ID
-	args["auto-dismiss"] = false
+	args["auto-finalize"] = false
 	args["on-error"] = "enospc" // stop for want of space, fail for all else
 	if j.Speed > 0 {
 		args["speed"] = j.Speed
@@ -131,22 +131,23 @@ func (j Job) start(ctx context.Context, m Monitor, command string, args map[stri
 }
 
 // await waits until the job has one of the states, or has concluded. It fails
-// with the context's cause, with ErrNoJob, or with ErrJobUnfinished when QEMU
-// does not tell any more.
+// with the context's cause, with ErrNoJob when the job is gone, whose last words
+// are in the state then, or with ErrJobUnfinished when QEMU does not tell any more.
 func (j Job) await(ctx context.Context, m Monitor, states ...monitor.JobStatus) (JobState, error) {
 	states = append(states, monitor.JobConcluded)
-	sub := m.Subscribe(16, "JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR")
+	sub := m.Subscribe(16, "JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR", "BLOCK_JOB_COMPLETED")
 	defer sub.Close()
-	events := sub.C
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
-	for last := (JobState{}); ; {
+	last, words := JobState{}, ""
+	for events := sub.C; ; {
 		s, err := FindJob(ctx, m, j.ID)
 		switch {
 		case ctx.Err() != nil:
 			return last, context.Cause(ctx)
 		case errors.Is(err, ErrNoJob):
-			return last, err
+			s = last
+			s.ID, s.Status, s.Error = j.ID, monitor.JobNull, j.lastWords(sub.C, words)
 		case err != nil:
 			return last, fmt.Errorf("job %s: %w: %w", j.ID, ErrJobUnfinished, err)
 		}
@@ -154,19 +155,62 @@ func (j Job) await(ctx context.Context, m Monitor, states ...monitor.JobStatus) 
 			j.Watch(s)
 		}
 		last = s
-		if slices.Contains(states, s.Status) {
-			return s, nil
+		if err != nil || slices.Contains(states, s.Status) {
+			return s, err
 		}
 		select {
-		case _, ok := <-events:
+		case e, ok := <-events:
 			if !ok {
 				events = nil // the next question says why the session ended
 			}
+			words = j.words(e, words)
 		case <-tick.C:
 		case <-ctx.Done():
 			return last, context.Cause(ctx)
 		}
 	}
+}
+
+// words returns why the job failed, if the event says so, else what was known.
+func (j Job) words(e monitor.Event, known string) string {
+	var data struct {
+		Device string `json:"device"`
+		Error  string `json:"error"`
+	}
+	if e.Name != "BLOCK_JOB_COMPLETED" || e.Decode(&data) != nil || data.Device != j.ID {
+		return known
+	}
+	return data.Error
+}
+
+// lastWords reads the events that came before the answer that the job is gone.
+func (j Job) lastWords(events <-chan monitor.Event, known string) string {
+	for {
+		select {
+		case e, ok := <-events:
+			if !ok {
+				return known
+			}
+			known = j.words(e, known)
+		default:
+			return known
+		}
+	}
+}
+
+// finalize lets a pending job change the graph, and waits for its end.
+func (j Job) finalize(ctx context.Context, m Monitor) (JobState, error) {
+	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), finalizeTimeout)
+	defer stop()
+	// A refusal means that somebody else has ended it; how is seen next.
+	if err := jobCommand(ctx, m, "job-finalize", j.ID); err != nil && !refused(err) {
+		return JobState{}, fmt.Errorf("job %s: %w: %w", j.ID, ErrJobUnfinished, err)
+	}
+	s, err := j.await(ctx, m)
+	if ctx.Err() != nil {
+		err = fmt.Errorf("job %s: %w: it did not end within %v of its finalization", j.ID, ErrJobUnfinished, finalizeTimeout)
+	}
+	return s, err
 }
 
 // cancel ends a job without its effect and waits for its end. A job that was

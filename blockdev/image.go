@@ -21,6 +21,7 @@ type Header struct {
 	BackingFormat string // empty when the header does not say
 	Dirty         bool
 	Corrupt       bool
+	extendedL2    bool
 	snapshots     uint32
 	l1            table
 }
@@ -114,6 +115,7 @@ func (h *Header) features(incompatible uint64) error {
 	}
 	h.Dirty = incompatible&incompatDirty != 0
 	h.Corrupt = incompatible&incompatCorrupt != 0
+	h.extendedL2 = incompatible&incompatExtendedL2 != 0
 	return nil
 }
 

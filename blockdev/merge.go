@@ -109,7 +109,7 @@ func (a ActiveMerge) begin(ctx context.Context, m Monitor, g *Graph) error {
 		return err
 	}
 	err = a.start(ctx, m, "block-commit", map[string]any{
-		"device": drive.Root, "top-node": a.Top, "base-node": a.Base.Node, "auto-finalize": false,
+		"device": drive.Root, "top-node": a.Top, "base-node": a.Base.Node, "auto-dismiss": false,
 	})
 	if refused(err) {
 		return errors.Join(err, a.protectBase(ctx, m))
@@ -179,16 +179,7 @@ func (a ActiveMerge) pivot(ctx context.Context, m Monitor) (s JobState, hooked b
 	if err := a.beforePivot(whole); err != nil {
 		return s, false, err
 	}
-	whole, stop := context.WithTimeout(whole, finalizeTimeout)
-	defer stop()
-	// A refusal means that somebody else has ended it; how is seen next.
-	if err := jobCommand(whole, m, "job-finalize", a.ID); err != nil && !refused(err) {
-		return s, true, fmt.Errorf("job %s: %w: %w", a.ID, ErrJobUnfinished, err)
-	}
-	s, err = a.await(whole, m)
-	if whole.Err() != nil {
-		err = fmt.Errorf("job %s: %w: it did not end within %v of its finalization", a.ID, ErrJobUnfinished, finalizeTimeout)
-	}
+	s, err = a.finalize(whole, m)
 	return s, true, err
 }
 

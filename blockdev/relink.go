@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"github.com/vmsnap/vmsnap/monitor"
 )
 
 // Commit folds a layer that another one lies on into the layer below it, while
@@ -41,9 +43,9 @@ func (c Commit) Abandon(ctx context.Context, m Monitor) (merged bool, err error)
 
 func (c Commit) relink() relink {
 	return relink{
-		Job: c.Job, command: "block-commit", above: c.Above, drop: []string{c.Top}, below: c.Base.Node,
+		Job: c.Job, command: "block-commit", above: c.Above, drop: []string{c.Top}, below: c.Base.Node, into: c.Base.Node,
 		written: []Target{c.Above, c.Base}, pid: c.PID,
-		args: map[string]any{"top-node": c.Top, "base-node": c.Base.Node, "backing-file": c.BackingName},
+		args: map[string]any{"top-node": c.Top, "base-node": c.Base.Node, "backing-file": c.BackingName, "auto-dismiss": false},
 	}
 }
 
@@ -80,11 +82,14 @@ func (s Stream) Abandon(ctx context.Context, m Monitor) (merged bool, err error)
 }
 
 func (s Stream) relink() relink {
-	args := map[string]any{"device": s.Into.Node}
+	// A job that has streamed and was not dismissed is fatal: QEMU (7.2 and 10.0)
+	// crashes at query-named-block-nodes, which anybody may ask at any time. So it
+	// goes by itself; what came of it is seen in the graph.
+	args := map[string]any{"device": s.Into.Node, "auto-dismiss": true}
 	setIf(args, "base-node", s.Below)
 	setIf(args, "backing-file", s.BackingName)
 	return relink{
-		Job: s.Job, command: "block-stream", above: s.Into, drop: s.Drop, below: s.Below,
+		Job: s.Job, command: "block-stream", above: s.Into, drop: s.Drop, below: s.Below, into: s.Into.Node,
 		written: []Target{s.Into}, pid: s.PID, args: args,
 	}
 }
@@ -97,6 +102,7 @@ type relink struct {
 	above   Target
 	drop    []string // the nodes between
 	below   string
+	into    string // the node that the data goes to
 	written []Target
 	pid     int
 }
@@ -119,7 +125,12 @@ func (r relink) run(ctx context.Context, m Monitor) error {
 	} else if err != nil {
 		return err
 	}
-	s, err := r.await(ctx, m)
+	s, err := r.await(ctx, m, monitor.JobPending)
+	if err == nil && s.Status == monitor.JobPending {
+		if err = r.makeDurable(ctx, m); err == nil {
+			s, err = r.finalize(ctx, m)
+		}
+	}
 	return r.settle(ctx, m, s, err, func(ctx context.Context) (bool, error) { return r.conclude(ctx, m) })
 }
 
@@ -201,6 +212,9 @@ func (r relink) conclude(ctx context.Context, m Monitor) (merged bool, err error
 // cleanUp removes the nodes that are needed no more.
 func (r relink) cleanUp(ctx context.Context, m Monitor) error {
 	ctx = context.WithoutCancel(ctx)
+	if err := r.syncHeader(ctx, m); err != nil {
+		return err
+	}
 	for _, node := range r.drop { // each is in use until the one above is gone
 		if err := dropLayer(ctx, m, node); err != nil {
 			return err

@@ -39,11 +39,7 @@ func (e *MisnamedError) Unwrap() error { return e.Err }
 // verifyName fails with a MisnamedError unless the name by which the process
 // knows the layer leads to its file, and the process has that file open.
 func (t Target) verifyName(pid int, l Layer) error {
-	name := fmt.Sprintf("/proc/%d/root%s", pid, l.Filename)
-	if !filepath.IsAbs(l.Filename) {
-		name = fmt.Sprintf("/proc/%d/cwd/%s", pid, l.Filename)
-	}
-	info, err := StatPath(name)
+	info, err := StatPath(pathOf(pid, l.Filename))
 	if err != nil {
 		return &MisnamedError{t.Node, l.Filename, err}
 	}
@@ -58,6 +54,14 @@ func (t Target) verifyName(pid int, l Layer) error {
 		return &MisnamedError{t.Node, l.Filename, err}
 	}
 	return nil
+}
+
+// pathOf is where this process finds what another one calls by a name.
+func pathOf(pid int, name string) string {
+	if filepath.IsAbs(name) {
+		return fmt.Sprintf("/proc/%d/root%s", pid, name)
+	}
+	return fmt.Sprintf("/proc/%d/cwd/%s", pid, name)
 }
 
 // hasOpen reports whether a process has a file open.

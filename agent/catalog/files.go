@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -77,7 +78,7 @@ func lockDir(dir string) (*dirLock, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock the catalog: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(f); err != nil {
 		holder := holderOf(f)
 		_ = f.Close()
 		if !errors.Is(err, unix.EWOULDBLOCK) {
@@ -94,14 +95,46 @@ func lockDir(dir string) (*dirLock, error) {
 	return &dirLock{f}, nil
 }
 
+// A process that is killed while it starts another leaves the lock to that one,
+// until its exec closes what it inherited: that takes milliseconds.
+const (
+	inheritedFor  = 5 * time.Second
+	inheritedLook = 10 * time.Millisecond
+)
+
+// flock takes the lock, and waits for a holder that has ended.
+func flock(f *os.File) error {
+	for give := time.Now().Add(inheritedFor); ; {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || !ended(f) || time.Now().After(give) {
+			return err
+		}
+		time.Sleep(inheritedLook) // nothing announces an exec
+	}
+}
+
+// ended tells whether the process that took the lock is gone.
+func ended(f *os.File) bool {
+	pid, err := strconv.Atoi(holderID(f))
+	return err == nil && errors.Is(unix.Kill(pid, 0), unix.ESRCH)
+}
+
 // holderOf tells who holds the lock.
 func holderOf(f *os.File) string {
-	b, err := io.ReadAll(io.LimitReader(f, 32))
-	pid := strings.TrimSpace(string(b))
-	if _, numErr := strconv.Atoi(pid); err != nil || numErr != nil {
+	pid := holderID(f)
+	if _, err := strconv.Atoi(pid); err != nil {
 		return "another process"
 	}
 	return "process " + pid
+}
+
+func holderID(f *os.File) string {
+	b := make([]byte, 32)
+	n, err := f.ReadAt(b, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return ""
+	}
+	return strings.TrimSpace(string(b[:n]))
 }
 
 func (l *dirLock) release() error { return l.f.Close() }

@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -244,4 +247,19 @@ func TestOpenEndsWithItsContext(t *testing.T) {
 		t.Fatal("opened")
 	}
 	check(t, reopen(t, dir, realSteps(t))) // and left nothing locked
+}
+
+// TestLockLeftToAChild has a process die that was starting another: the lock is
+// that one's for a moment.
+func TestLockLeftToAChild(t *testing.T) {
+	dir := t.TempDir()
+	l, err := lockDir(dir)
+	check(t, err)
+	gone := exec.Command("true")
+	check(t, gone.Run())
+	check(t, os.WriteFile(filepath.Join(dir, lockName), []byte(strconv.Itoa(gone.Process.Pid)+"\n"), 0o600))
+	time.AfterFunc(50*time.Millisecond, func() { _ = l.release() })
+	again, err := lockDir(dir)
+	check(t, err)
+	check(t, again.release())
 }

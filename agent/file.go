@@ -17,15 +17,8 @@ type file struct {
 
 // fileAt returns the file that a path leads to.
 func fileAt(path string) (file, error) {
-	info, err := blockdev.StatPath(path)
-	if err != nil {
-		return file{}, err
-	}
-	f := file{FileID: info.FileID}
-	if info.Device {
-		f.device, err = blockdev.DeviceID(path)
-	}
-	return f, err
+	f, err := statFile(path)
+	return f.file, err
 }
 
 // is reports whether the file is that of a layer.

@@ -5,16 +5,17 @@ import (
 	"context"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
-	"github.com/vmsnap/vmsnap/blockdev"
 )
 
-// VMs returns all VMs by name, from memory alone, and how they are found.
-func (a *Agent) VMs(context.Context) ([]VMView, Discovery) {
+// VMs returns all VMs by name, and how they are found. It waits for nobody but,
+// for statPatience, the file systems of the layers.
+func (a *Agent) VMs(ctx context.Context) ([]VMView, Discovery) {
 	a.mu.RLock()
 	all := make([]*vm, 0, len(a.vms))
 	for _, v := range a.vms {
@@ -26,10 +27,15 @@ func (a *Agent) VMs(context.Context) ([]VMView, Discovery) {
 	if w != nil {
 		d.Source, d.Reason = w.Source()
 	}
-	var views []VMView
-	for _, v := range all {
-		views = append(views, a.views(v)...)
+	ctx, cancel := context.WithTimeout(ctx, statPatience)
+	defer cancel()
+	each := make([][]VMView, len(all))
+	var looking sync.WaitGroup
+	for i, v := range all {
+		looking.Go(func() { each[i] = a.views(ctx, v) })
 	}
+	looking.Wait()
+	views := slices.Concat(each...)
 	slices.SortFunc(views, func(x, y VMView) int {
 		return cmp.Or(strings.Compare(x.Name, y.Name), strings.Compare(x.ID, y.ID), cmp.Compare(x.pid(), y.pid()))
 	})
@@ -44,17 +50,19 @@ func (v VMView) pid() int {
 }
 
 // VM returns one VM.
-func (a *Agent) VM(_ context.Context, ref string) (VMView, error) {
+func (a *Agent) VM(ctx context.Context, ref string) (VMView, error) {
 	v, err := a.find(ref)
 	if err != nil {
 		return VMView{}, err
 	}
-	return a.views(v)[0], nil
+	ctx, cancel := context.WithTimeout(ctx, statPatience)
+	defer cancel()
+	return a.views(ctx, v)[0], nil
 }
 
 // views returns what is known of a VM: once for each process that claims its
 // identity, once when none runs.
-func (a *Agent) views(v *vm) []VMView {
+func (a *Agent) views(ctx context.Context, v *vm) []VMView {
 	v.mu.Lock()
 	base := VMView{
 		ID: v.id, Name: v.rec.Name, UUID: v.rec.UUID, State: Stopped, FirstSeen: v.rec.FirstSeen,
@@ -70,11 +78,13 @@ func (a *Agent) views(v *vm) []VMView {
 	base.Operation, _ = a.ops.Running(base.ID)
 	if len(runs) == 0 {
 		base.Disks = stoppedDisks(disks, layers)
+		v.lookAtLayers(ctx, "", base.Disks, layers)
 		return []VMView{base}
 	}
 	views := make([]VMView, len(runs))
 	for i, r := range runs {
-		views[i] = r.view(base, layers)
+		views[i] = r.view(base)
+		v.lookAtLayers(ctx, r.proc.Root, views[i].Disks, layers)
 		if len(runs) > 1 {
 			views[i].Problems = append(views[i].Problems, Problem{"duplicate-identity",
 				"another QEMU process has the same identity", "give each VM a UUID of its own, or stop one of them"})
@@ -84,7 +94,7 @@ func (a *Agent) views(v *vm) []VMView {
 }
 
 // view adds what the process tells.
-func (r *run) view(v VMView, layers []catalog.Layer) VMView {
+func (r *run) view(v VMView) VMView {
 	p := r.proc
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -105,7 +115,7 @@ func (r *run) view(v VMView, layers []catalog.Layer) VMView {
 	}
 	v.GuestAgent = GuestAgentView{Presence: r.presence, Socket: p.GuestAgent.Path}
 	for i := range r.disks {
-		v.Disks = append(v.Disks, r.disks[i].view(p, layers))
+		v.Disks = append(v.Disks, r.disks[i].view(p))
 	}
 	if r.problem != nil {
 		v.Problems = append(v.Problems, *r.problem)
@@ -121,8 +131,8 @@ func (r *run) view(v VMView, layers []catalog.Layer) VMView {
 	return v
 }
 
-// view shows a disk of a running VM.
-func (d *liveDisk) view(p discover.Process, layers []catalog.Layer) DiskView {
+// view shows a disk of a running VM, as QEMU has it.
+func (d *liveDisk) view(p discover.Process) DiskView {
 	v := DiskView{
 		Device: d.drive.Device, Node: d.drive.Root, Bus: d.launch.Interface, LaunchPath: d.rec.LaunchPath,
 		LaunchFormat: d.launch.Format, Throttled: d.drive.Throttled, IOThread: d.launch.IOThread,
@@ -133,25 +143,29 @@ func (d *liveDisk) view(p discover.Process, layers []catalog.Layer) DiskView {
 			v.VirtualSize = l.Node.VirtualSize
 		}
 		lv := LayerView{Path: absolute(p, l.Filename), Format: l.Node.Driver, VirtualSize: l.Node.VirtualSize}
-		if info, err := blockdev.StatPath(p.Root + lv.Path); err == nil {
-			lv.Allocated = info.Allocated
-		}
-		if file, err := fileAt(p.Root + lv.Path); err == nil {
-			lv = known(lv, layers, file)
+		if i == 0 && d.active.ID != "" {
+			lv.Path = d.active.Path // QEMU may know it by the launch path
 		}
 		v.Layers = append(v.Layers, lv)
 	}
 	return v
 }
 
-// known adds what the catalog knows of a file.
-func known(v LayerView, layers []catalog.Layer, file file) LayerView {
-	for _, l := range layers {
-		if file.is(l) {
-			v.ID, v.Path, v.Foreign, v.Immutable = l.ID, l.Path, l.Foreign, l.Immutable
+// lookAtLayers adds what the file system and the catalog know of the layers of
+// disks, whose paths begin at root.
+func (v *vm) lookAtLayers(ctx context.Context, root string, disks []DiskView, layers []catalog.Layer) {
+	var paths []string
+	for _, d := range disks {
+		for _, l := range d.Layers {
+			paths = append(paths, root+l.Path)
 		}
 	}
-	return v
+	stats := v.stats.look(ctx, paths)
+	for _, d := range disks {
+		for i, l := range d.Layers {
+			d.Layers[i] = l.fill(root+l.Path, stats, layers)
+		}
+	}
 }
 
 // stoppedDisks shows the disks of a stopped VM.
@@ -173,12 +187,9 @@ func stoppedDisks(disks []catalog.Disk, layers []catalog.Layer) []DiskView {
 	return views
 }
 
+// layerView shows a layer as the catalog knows it.
 func layerView(l catalog.Layer) LayerView {
-	v := LayerView{ID: l.ID, Path: l.Path, Format: l.Format, VirtualSize: l.VirtualSize, Foreign: l.Foreign, Immutable: l.Immutable}
-	if info, err := blockdev.StatPath(l.Path); err == nil {
-		v.Allocated = info.Allocated
-	}
-	return v
+	return LayerView{ID: l.ID, Path: l.Path, Format: l.Format, VirtualSize: l.VirtualSize, Foreign: l.Foreign, Immutable: l.Immutable}
 }
 
 // Snapshots returns snapshots, the newest first.
@@ -195,13 +206,8 @@ func (a *Agent) Snapshots(ctx context.Context, f SnapshotFilter) ([]SnapshotView
 	if err != nil {
 		return nil, err
 	}
-	views := make([]SnapshotView, 0, len(all))
-	for _, s := range all {
-		if hasLabels(s.Labels, f.Labels) {
-			views = append(views, a.snapshotView(s))
-		}
-	}
-	return views, nil
+	all = slices.DeleteFunc(all, func(s catalog.Snapshot) bool { return !hasLabels(s.Labels, f.Labels) })
+	return a.snapshotViews(ctx, all), nil
 }
 
 func hasLabels(have, want map[string]string) bool {
@@ -213,24 +219,56 @@ func hasLabels(have, want map[string]string) bool {
 	return true
 }
 
-func (a *Agent) snapshotView(s catalog.Snapshot) SnapshotView {
-	view := SnapshotView{Snapshot: s, Layers: map[string]LayerView{}}
-	a.mu.RLock()
-	v := a.vms[s.VMID]
-	a.mu.RUnlock()
-	if v == nil {
-		return view
+// snapshotViews shows snapshots with their layers. Those of one VM wait for its
+// file systems together.
+func (a *Agent) snapshotViews(ctx context.Context, all []catalog.Snapshot) []SnapshotView {
+	ctx, cancel := context.WithTimeout(ctx, statPatience)
+	defer cancel()
+	views := make([]SnapshotView, len(all))
+	ofVM := map[string][]*SnapshotView{}
+	for i, s := range all {
+		views[i] = SnapshotView{Snapshot: s, Layers: map[string]LayerView{}}
+		ofVM[s.VMID] = append(ofVM[s.VMID], &views[i])
 	}
-	v.mu.Lock()
-	view.VMName = v.rec.Name
-	layers := v.layers
-	v.mu.Unlock()
-	for _, d := range s.Disks {
-		if l := layerOf(layers, d.LayerID); l.ID != "" {
-			view.Layers[d.LayerID] = layerView(l)
+	var looking sync.WaitGroup
+	for id, those := range ofVM {
+		a.mu.RLock()
+		v := a.vms[id]
+		a.mu.RUnlock()
+		if v != nil {
+			looking.Go(func() { v.lookAtSnapshots(ctx, those) })
 		}
 	}
-	return view
+	looking.Wait()
+	return views
+}
+
+// lookAtSnapshots adds the layers to snapshots of the VM.
+func (v *vm) lookAtSnapshots(ctx context.Context, views []*SnapshotView) {
+	v.mu.Lock()
+	name, layers := v.rec.Name, v.layers
+	v.mu.Unlock()
+	var paths []string
+	for _, view := range views {
+		view.VMName = name
+		for _, d := range view.Disks {
+			if l := layerOf(layers, d.LayerID); l.ID != "" {
+				view.Layers[d.LayerID] = layerView(l)
+				paths = append(paths, l.Path)
+			}
+		}
+	}
+	stats := v.stats.look(ctx, paths)
+	for _, view := range views {
+		for id, l := range view.Layers {
+			l.Allocated = stats[l.Path].allocated
+			view.Layers[id] = l
+		}
+	}
+}
+
+func (a *Agent) snapshotView(ctx context.Context, s catalog.Snapshot) SnapshotView {
+	return a.snapshotViews(ctx, []catalog.Snapshot{s})[0]
 }
 
 // Snapshot returns the snapshot of a "VM/NAME" or an id.
@@ -239,7 +277,7 @@ func (a *Agent) Snapshot(ctx context.Context, ref string) (SnapshotView, error) 
 	if err != nil {
 		return SnapshotView{}, err
 	}
-	return a.snapshotView(s), nil
+	return a.snapshotView(ctx, s), nil
 }
 
 func (a *Agent) findSnapshot(ctx context.Context, ref string) (catalog.Snapshot, error) {
@@ -276,5 +314,5 @@ func (a *Agent) RenameSnapshot(ctx context.Context, ref, newName string) (Snapsh
 		return SnapshotView{}, err
 	}
 	s.Name = newName
-	return a.snapshotView(s), a.rewriteManifests(s)
+	return a.snapshotView(ctx, s), a.rewriteManifests(s)
 }

@@ -274,7 +274,7 @@ func (a *Agent) verdicts(ctx context.Context, s catalog.Schedule, rule *schedule
 		if !ours[snapshot.Operation] {
 			continue
 		}
-		p := schedule.Point{ID: snapshot.ID, Name: snapshot.Name, Time: snapshot.Created, Size: a.takenSpace(snapshot)}
+		p := schedule.Point{ID: snapshot.ID, Name: snapshot.Name, Time: snapshot.Created, Size: a.takenSpace(ctx, snapshot)}
 		if _, kept := snapshot.Labels[keepLabel]; kept {
 			p.Protected = "it has the label " + keepLabel
 		}
@@ -284,9 +284,9 @@ func (a *Agent) verdicts(ctx context.Context, s catalog.Schedule, rule *schedule
 }
 
 // takenSpace is what a snapshot's files take.
-func (a *Agent) takenSpace(s catalog.Snapshot) uint64 {
+func (a *Agent) takenSpace(ctx context.Context, s catalog.Snapshot) uint64 {
 	var sum uint64
-	for _, l := range a.snapshotView(s).Layers {
+	for _, l := range a.snapshotView(ctx, s).Layers {
 		if !l.Foreign {
 			sum += l.Allocated
 		}

@@ -28,6 +28,8 @@ type vm struct {
 	counts int             // snapshots
 	stray  map[string]bool // disks that were seen to run on a covered layer, by id
 
+	stats fileStats
+
 	// changing is held for writing while layers are made or moved, so that
 	// nobody takes a half-finished change for the state of the disks.
 	changing sync.RWMutex

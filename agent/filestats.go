@@ -1,0 +1,109 @@
+package agent
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/blockdev"
+)
+
+// statPatience is how long what is shown of VMs waits for the file systems of
+// their layers: a healthy one answers within microseconds, and one that hangs
+// would take the answer for all VMs with it. What was last seen is shown then.
+const statPatience = 250 * time.Millisecond
+
+// fileStat is what is shown of a layer's file.
+type fileStat struct {
+	file      file
+	allocated uint64 // bytes on the file system
+}
+
+// statFile looks at a file. Its error is that of a file that is not there.
+func statFile(path string) (fileStat, error) {
+	info, err := blockdev.StatPath(path)
+	if err != nil {
+		return fileStat{}, err
+	}
+	f := fileStat{file{FileID: info.FileID}, info.Allocated}
+	if info.Device {
+		f.file.device, err = blockdev.DeviceID(path)
+	}
+	return f, err
+}
+
+// fileStats looks at a VM's files from a goroutine of its own, of which there is
+// one at a time: a file system that hangs holds up that one alone.
+type fileStats struct {
+	mu      sync.Mutex
+	known   map[string]fileStat // by path; never changed once it is here
+	looking chan struct{}       // closed when the look that goes on has ended; nil when none does
+	stat    func(path string) (fileStat, error)
+}
+
+// look returns what is known of files, after another look at them unless that
+// takes longer than ctx lasts.
+func (s *fileStats) look(ctx context.Context, paths []string) map[string]fileStat {
+	if len(paths) == 0 {
+		return nil
+	}
+	for {
+		s.mu.Lock()
+		looking, mine := s.looking, s.looking == nil
+		if mine {
+			looking = make(chan struct{})
+			s.looking = looking
+			go s.lookAt(paths, looking)
+		}
+		s.mu.Unlock()
+		select {
+		case <-looking:
+			if !mine {
+				continue // it may have looked before what the caller wants to see
+			}
+		case <-ctx.Done():
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.known
+	}
+}
+
+func (s *fileStats) lookAt(paths []string, done chan struct{}) {
+	stat := s.stat
+	if stat == nil {
+		stat = statFile
+	}
+	seen := make(map[string]fileStat, len(paths))
+	gone := map[string]bool{}
+	for _, p := range paths {
+		if f, err := stat(p); err == nil {
+			seen[p] = f
+		} else {
+			gone[p] = true
+		}
+	}
+	s.mu.Lock()
+	for p, f := range s.known { // what others asked for
+		if _, again := seen[p]; !again && !gone[p] {
+			seen[p] = f
+		}
+	}
+	s.known, s.looking = seen, nil
+	s.mu.Unlock()
+	close(done)
+}
+
+// fill adds what the catalog and the file system know of a layer, whose file the
+// agent finds at path.
+func (v LayerView) fill(path string, stats map[string]fileStat, layers []catalog.Layer) LayerView {
+	f, seen := stats[path]
+	v.Allocated = f.allocated
+	for _, l := range layers {
+		if seen && f.file.is(l) || !seen && l.Path == v.Path {
+			v.ID, v.Path, v.Foreign, v.Immutable = l.ID, l.Path, l.Foreign, l.Immutable
+		}
+	}
+	return v
+}

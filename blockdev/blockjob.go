@@ -19,7 +19,7 @@ var (
 	// or the caller left. It may go on, and is found again by its id.
 	ErrJobUnfinished = errors.New("the job was not seen to end")
 
-	// ErrLeaveJob, as the cause of a context's cancellation, leaves a job running
+	// ErrLeaveJob as the cause of a context's cancellation leaves a job running
 	// instead of cancelling it.
 	ErrLeaveJob = errors.New("the job is left to go on")
 )

@@ -169,17 +169,20 @@ func (c *cut) foundTarget(*blockdev.Graph, *cutDisk) (string, error) {
 // mergeStopped merges while no QEMU runs. Until the launch path leads to the
 // base, a start comes up on the overlay, which is whole the whole time.
 func (c *cut) mergeStopped(ctx context.Context, d *cutDisk) (err error) {
-	overlay := d.Prefix + d.overlayDir.Path(d.Overlay)
-	err = blockdev.CommitOffline(ctx, overlay, d.Prefix+d.baseDir.Path(d.Base), func(done, total uint64) { c.o.Progress(done, total, "") })
-	if err != nil {
+	overlay, base := d.Prefix+d.overlayDir.Path(d.Overlay), d.Prefix+d.baseDir.Path(d.Base)
+	var locks []*blockdev.Lock
+	defer func() { err = errors.Join(err, closeAll(locks)) }()
+	for _, path := range []string{overlay, base} {
+		lock, err := blockdev.LockNoWriters(path)
+		if err != nil {
+			return lockError(path, err)
+		}
+		locks = append(locks, lock)
+	}
+	merge := blockdev.Offline{Locks: locks, Progress: func(done, total uint64) { c.o.Progress(done, total, "") }}
+	if err := merge.Commit(ctx, overlay, base, d.BaseFormat); err != nil {
 		return err
 	}
-	// A VM that was started on the overlay meanwhile may have written to it.
-	lock, err := blockdev.LockNoWriters(overlay)
-	if err != nil {
-		return lockError(overlay, err)
-	}
-	defer func() { err = errors.Join(err, lock.Close()) }()
 	return errors.Join(d.uncover(), d.removeOverlay())
 }
 

@@ -32,7 +32,10 @@ func AllocatedBytes(ctx context.Context, path, format string) (uint64, error) {
 		}
 		return nil
 	})
-	return sum, err
+	if err != nil {
+		return 0, fmt.Errorf("allocation of %s: %w", path, err)
+	}
+	return sum, nil
 }
 
 // run is a part of the virtual disk, in bytes, that an image holds by itself.
@@ -63,10 +66,7 @@ func readRuns(ctx context.Context, path, format string, read func(iter.Seq2[run,
 		}
 		runs = h.runs(ctx, f, uint64(size))
 	}
-	if err := read(runs); err != nil {
-		return fmt.Errorf("allocation of %s: %w", path, err)
-	}
-	return nil
+	return read(runs)
 }
 
 // openImage opens a file or block device for reading: a FIFO would hang.

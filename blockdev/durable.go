@@ -59,25 +59,26 @@ func (r relink) makeDurable(ctx context.Context, m Monitor) (err error) {
 		if err != nil {
 			return err
 		}
-		if err := verifyCopied(ctx, pathOf(r.pid, from.Filename), from.Node.Driver, path, into.Node.Driver); err != nil {
-			return err
+		lost, err := uncopied(ctx, pathOf(r.pid, from.Filename), from.Node.Driver, path, into.Node.Driver)
+		if err != nil {
+			return fmt.Errorf("compare %s with %s: %w", from.Filename, into.Filename, err)
+		}
+		if lost > 0 {
+			return &LostDataError{into.Filename, lost}
 		}
 	}
 	return nil
 }
 
-// verifyCopied fails with a LostDataError unless one image holds whatever data
-// the other one holds.
-func verifyCopied(ctx context.Context, from, fromFormat, into, intoFormat string) error {
-	return readRuns(ctx, from, fromFormat, func(old iter.Seq2[run, error]) error {
+// uncopied returns how many bytes of data one image holds that the other lacks.
+func uncopied(ctx context.Context, from, fromFormat, into, intoFormat string) (lost uint64, err error) {
+	err = readRuns(ctx, from, fromFormat, func(old iter.Seq2[run, error]) error {
 		return readRuns(ctx, into, intoFormat, func(got iter.Seq2[run, error]) error {
-			lost, err := missing(old, got)
-			if err == nil && lost > 0 {
-				err = &LostDataError{into, lost}
-			}
+			lost, err = missing(old, got)
 			return err
 		})
 	})
+	return lost, err
 }
 
 // flushNode makes QEMU write what it keeps of an image in its memory.

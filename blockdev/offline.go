@@ -47,14 +47,6 @@ func Convert(ctx context.Context, from, fromFormat, to, toFormat string, progres
 	return runImg(ctx, progress, "convert", "-p", "-U", "-f", fromFormat, "-O", toFormat, from, to)
 }
 
-// CommitOffline folds a qcow2 overlay into the layer below it, and leaves the
-// overlay as it is (-d): when it is interrupted the overlay still holds
-// everything. qemu-img takes the locks of both. base is the name in the overlay's
-// header.
-func CommitOffline(ctx context.Context, overlay, base string, progress func(done, total uint64)) error {
-	return runImg(ctx, progress, "commit", "-p", "-d", "-f", "qcow2", "-b", base, overlay)
-}
-
 // Rebase makes a qcow2 name another file as its backing, in the format of that
 // one. Only the header changes: the content of the two backings must be the same.
 // The image's locks may be held by the caller, who keeps writers away.
@@ -68,18 +60,29 @@ func Check(ctx context.Context, path string) error {
 	return runImg(ctx, nil, "check", "-q", "-U", "-f", "qcow2", path)
 }
 
-// runImg runs qemu-img. With -p it writes its progress as "(12.34/100%)\r".
+// runImg runs qemu-img and reports its progress in ten-thousandths.
 func runImg(ctx context.Context, progress func(done, total uint64), args ...string) error {
+	return runCommand(ctx, imgCommand(ctx, args...), progress)
+}
+
+// imgCommand is qemu-img, killed when the context ends.
+func imgCommand(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, qemuImg, args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	return cmd
+}
+
+// runCommand runs qemu-img. With -p it writes its progress as "(12.34/100%)\r".
+func runCommand(ctx context.Context, cmd *exec.Cmd, progress func(done, total uint64)) error {
+	sub := cmd.Args[1]
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return &ImgError{args[0], "", err}
+		return &ImgError{sub, "", err}
 	}
 	if err := cmd.Start(); err != nil {
-		return &ImgError{args[0], "", err}
+		return &ImgError{sub, "", err}
 	}
 	lines := bufio.NewScanner(out)
 	lines.Split(splitReturns)
@@ -93,7 +96,7 @@ func runImg(ctx context.Context, progress func(done, total uint64), args ...stri
 		return context.Cause(ctx)
 	}
 	if err != nil {
-		return &ImgError{args[0], strings.TrimSpace(stderr.String()), err}
+		return &ImgError{sub, strings.TrimSpace(stderr.String()), err}
 	}
 	return nil
 }

@@ -25,8 +25,8 @@ type Commit struct {
 }
 
 // Run merges, or goes on with the job of this id, or with what was left to do
-// after it. It returns nil if and only if the merge is done and the nodes of the
-// top are gone. When ctx ends the job is cancelled: the chain reads as before
+// after it. It returns nil if and only if the merge is done, durably, and the nodes
+// of the top are gone. When ctx ends the job is cancelled: the chain reads as before
 // (ErrNotMerged). ErrLeaveJob and ErrJobUnfinished are as with ActiveMerge.
 func (c Commit) Run(ctx context.Context, m Monitor) error {
 	if err := c.relink().run(ctx, m); err != nil {
@@ -64,10 +64,10 @@ type Stream struct {
 }
 
 // Run streams, or goes on with the job of this id, or with what was left to do
-// after it. It returns nil if and only if the layer lies on Below and those nodes
-// of Drop are gone that nothing uses. When ctx ends the job is cancelled
-// (ErrNotMerged), and the layer keeps what it has got. ErrLeaveJob and
-// ErrJobUnfinished are as with ActiveMerge.
+// after it. It returns nil if and only if the layer lies on Below, durably, and the
+// nodes of Drop are gone. When ctx ends the job is cancelled (ErrNotMerged), and
+// the layer keeps what it has got. ErrLeaveJob and ErrJobUnfinished are as with
+// ActiveMerge.
 func (s Stream) Run(ctx context.Context, m Monitor) error {
 	if err := s.relink().run(ctx, m); err != nil {
 		return fmt.Errorf("stream into %s: %w", s.Into.Node, err)

@@ -1,0 +1,113 @@
+package blockdev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"syscall"
+)
+
+// Offline is a merge that qemu-img does while no QEMU has the images open.
+//
+// Locks are the image locks (LockNoWriters) that the caller holds on all files
+// that are written or read, from before it looked at them until the launch path
+// and the catalog are right again: a VM that starts meanwhile fails. qemu-img is
+// told to take none on what it writes, keeps these for as long as it lives, and
+// is killed when this process dies.
+type Offline struct {
+	Locks    []*Lock
+	Cache    string                   // "none" to go past the page cache; empty is "writeback"
+	Progress func(done, total uint64) // in ten-thousandths; may be nil
+}
+
+// ErrNotLocked means that an offline merge was asked for without locks.
+var ErrNotLocked = errors.New("the images are not locked")
+
+// Commit copies what a qcow2 layer holds into the layer that it lies on, durably.
+// The top stays as it is, header included. So when it is interrupted, by ctx or
+// by a crash, the chain reads as before, and Commit can be done again; the base
+// by itself is no restore point any more from the beginning.
+func (o Offline) Commit(ctx context.Context, top, base, baseFormat string) error {
+	below, err := imageOptions("backing.", base, baseFormat)
+	if err != nil {
+		return err
+	}
+	above, err := imageOptions("", top, "qcow2")
+	if err != nil {
+		return err
+	}
+	args := append([]string{"commit", "-p", "-d"}, o.cache()...)
+	if err := o.run(ctx, append(args, "--image-opts", above+","+below)...); err != nil {
+		return err
+	}
+	return syncFile(ctx, base)
+}
+
+// Rebase makes a qcow2 layer lie on another one below, durably, and copies into
+// it what it needs of the layers between: empty for none, when it takes all. The
+// header changes last, so when it is interrupted the layer reads as before, with
+// more data of its own, and Rebase can be done again. No other file is written to.
+func (o Offline) Rebase(ctx context.Context, layer, backing, backingFormat string) error {
+	written, err := imageOptions("", layer, "qcow2")
+	if err != nil {
+		return err
+	}
+	args := append([]string{"rebase", "-p"}, o.cache()...)
+	args = append(args, "-b", backing)
+	if backing != "" {
+		args = append(args, "-F", backingFormat)
+	}
+	if err := o.run(ctx, append(args, "--image-opts", written)...); err != nil {
+		return err
+	}
+	return syncFile(ctx, layer)
+}
+
+func (o Offline) cache() []string {
+	if o.Cache == "" {
+		return nil
+	}
+	return []string{"-t", o.Cache}
+}
+
+// imageOptions describes an image to qemu-img, without locks.
+func imageOptions(prefix, path, format string) (string, error) {
+	info, err := StatPath(path)
+	if err != nil {
+		return "", err
+	}
+	driver := "file"
+	if info.Device {
+		driver = "host_device"
+	}
+	return fmt.Sprintf("%[1]sdriver=%[2]s,%[1]sfile.driver=%[3]s,%[1]sfile.locking=off,%[1]sfile.filename=%[4]s",
+		prefix, format, driver, strings.ReplaceAll(path, ",", ",,")), nil
+}
+
+// run runs qemu-img with the locks.
+func (o Offline) run(ctx context.Context, args ...string) error {
+	if len(o.Locks) == 0 {
+		return ErrNotLocked
+	}
+	// The kernel kills the child when the thread ends that has started it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd := imgCommand(ctx, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	for _, l := range o.Locks {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, l.f)
+	}
+	return runCommand(ctx, cmd, o.Progress)
+}
+
+// syncFile makes a file's content durable.
+func syncFile(ctx context.Context, path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(syncWithin(ctx, f), f.Close())
+}

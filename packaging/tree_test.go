@@ -88,7 +88,10 @@ func boot(t *testing.T, packages string) *tree {
 		if t.Failed() {
 			tr.showLogs()
 		}
-		_ = cmd.Process.Kill() // its PID 1 goes with it, and everything in there
+		if tr.leader > 0 {
+			_ = syscall.Kill(tr.leader, syscall.SIGKILL) // and everything in there
+		}
+		_ = cmd.Process.Kill()
 		<-ended
 		if err := testvm.RemoveAll(dir); err != nil {
 			t.Error(err)

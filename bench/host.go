@@ -5,6 +5,7 @@ import (
 	"os"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -16,6 +17,13 @@ type host struct {
 	memoryMiB         uint64
 	load              string // before the run, over one, five and fifteen minutes
 	qemus             []string
+}
+
+// saw adds a version of QEMU that was measured on.
+func (h *host) saw(version string) {
+	if q := "QEMU " + version; !slices.Contains(h.qemus, q) {
+		h.qemus = append(h.qemus, q)
+	}
 }
 
 var cpuModel = regexp.MustCompile(`(?m)^model name\s*:\s*(.+)$`)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
@@ -16,12 +17,13 @@ func main() {
 	var c config
 	flag.IntVar(&c.rounds, "rounds", 20, "how often each of vmsnap and its rival takes a snapshot, on each QEMU")
 	flag.BoolVar(&c.short, "short", false, "few rounds, as CI runs it")
+	flag.StringVar(&c.only, "only", "", "measure only this: windows, api or memory")
 	flag.StringVar(&c.results, "results", "bench/results", "where to leave the results; empty leaves none")
 	flag.Parse()
 	if c.short {
 		c.rounds = shortRounds
 	}
-	if flag.NArg() > 0 || c.rounds < 1 {
+	if flag.NArg() > 0 || c.rounds < 1 || !slices.Contains([]string{"", partWindows, partAPI, partMemory}, c.only) {
 		flag.Usage()
 		os.Exit(2)
 	}
@@ -36,8 +38,19 @@ func main() {
 type config struct {
 	rounds  int
 	short   bool
+	only    string
 	results string
 }
+
+// The parts of the benchmark.
+const (
+	partWindows = "windows"
+	partAPI     = "api"
+	partMemory  = "memory"
+)
+
+// wants tells whether a part is to be measured.
+func (c config) wants(part string) bool { return c.only == "" || c.only == part }
 
 // shortRounds is enough to see a window that has grown by half.
 const shortRounds = 5
@@ -80,16 +93,31 @@ func run(ctx context.Context, c config) error {
 }
 
 // measure takes all measurements on one QEMU; those of the API only if asked.
-func measure(ctx context.Context, c config, r *report, q testvm.QEMU, api bool) (err error) {
-	s, err := newScene(ctx, q)
+func measure(ctx context.Context, c config, r *report, q testvm.QEMU, api bool) error {
+	if api = api && c.wants(partAPI); api || c.wants(partWindows) {
+		if err := measureDisks(ctx, c, r, q, api); err != nil {
+			return err
+		}
+	}
+	if c.wants(partMemory) {
+		return measureMemory(ctx, c, r, q)
+	}
+	return nil
+}
+
+// measureDisks measures what concerns no memory.
+func measureDisks(ctx context.Context, c config, r *report, q testvm.QEMU, api bool) (err error) {
+	s, err := newScene(ctx, q, 0)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.end()) }()
-	r.host.qemus = append(r.host.qemus, "QEMU "+s.version)
-	progress("QEMU %s: freeze windows", s.version)
-	if err := s.measureWindows(ctx, c, r); err != nil {
-		return err
+	r.host.saw(s.version)
+	if c.wants(partWindows) {
+		progress("QEMU %s: freeze windows", s.version)
+		if err := s.measureWindows(ctx, c, r); err != nil {
+			return err
+		}
 	}
 	if !api {
 		return nil

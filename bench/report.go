@@ -25,6 +25,7 @@ type report struct {
 type row struct {
 	measure, qemu, ours, rival string
 	ratio, budget              float64 // 0 if there is none
+	floor                      bool    // the budget is the least, not the most
 	sure                       float64 // the ratio is hardly below this
 }
 
@@ -34,8 +35,10 @@ func (r *report) verdict(row row) verdict {
 	switch {
 	case row.budget == 0:
 		return ""
-	case row.ratio <= row.budget:
+	case row.floor && row.ratio >= row.budget, !row.floor && row.ratio <= row.budget:
 		return kept
+	case row.floor:
+		return below
 	case r.short && row.sure <= row.budget:
 		return unsure
 	}
@@ -47,6 +50,7 @@ type verdict string
 const (
 	kept   verdict = "ok"
 	missed verdict = "OVER"
+	below  verdict = "BELOW"
 	unsure verdict = "over, unsure"
 )
 
@@ -66,9 +70,9 @@ func (r *report) addWindows(qemu string, ours, bare []cut) {
 		cuts []cut
 	}{{"vmsnap", ours}, {"bare", bare}} {
 		for _, c := range by.cuts {
-			extra := []measurement{{"stall-ns", c.stall}, {"total-ns", c.took}}
+			extra := []measurement{{"stall-ns", int64(c.stall)}, {"total-ns", int64(c.took)}}
 			for _, s := range c.steps {
-				extra = append(extra, measurement{s.name + "-ns", s.took})
+				extra = append(extra, measurement{s.name + "-ns", int64(s.took)})
 			}
 			r.run(fmt.Sprintf("FreezeWindow/qemu=%s/by=%s", qemu, by.name), c.window, extra...)
 		}
@@ -91,14 +95,14 @@ func (r *report) addAPI(qemu string, lists, ready []time.Duration) {
 // measurement is a further figure of a run.
 type measurement struct {
 	unit  string
-	value time.Duration
+	value int64
 }
 
 // run adds a raw run (golang.org/design/14313-benchmark-format).
 func (r *report) run(name string, d time.Duration, extra ...measurement) {
 	_, _ = fmt.Fprintf(&r.raw, "Benchmark%s-%d 1 %d ns/op", name, runtime.GOMAXPROCS(0), d.Nanoseconds())
 	for _, m := range extra {
-		_, _ = fmt.Fprintf(&r.raw, " %d %s", m.value.Nanoseconds(), m.unit)
+		_, _ = fmt.Fprintf(&r.raw, " %d %s", m.value, m.unit)
 	}
 	r.raw.WriteByte('\n')
 }
@@ -121,34 +125,44 @@ func short(d time.Duration) string {
 }
 
 func (r *report) missed() bool {
-	return slices.ContainsFunc(r.rows, func(row row) bool { return r.verdict(row) == missed })
+	return slices.ContainsFunc(r.rows, func(row row) bool {
+		v := r.verdict(row)
+		return v == missed || v == below
+	})
 }
 
 func (r *report) table() string {
 	var b strings.Builder
 	h := r.host
 	_, _ = fmt.Fprintf(&b, "%s: %s, %d MiB, Linux %s, %s; load %s\n", h.name, h.cpu, h.memoryMiB, h.kernel, strings.Join(h.qemus, ", "), h.load)
-	_, _ = fmt.Fprintf(&b, "%d rounds: medians and quartiles; the rival is a bare script that freezes, cuts and thaws\n\n", r.rounds)
+	_, _ = fmt.Fprintf(&b, "Medians and quartiles. Of snapshots without memory there are %d rounds, and the rival is a bare script that freezes, cuts and thaws.\n\n", r.rounds)
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, "MEASURE\tQEMU\tVMSNAP\tBARE SCRIPT\tRATIO\tBUDGET\tVERDICT")
+	_, _ = fmt.Fprintln(w, "MEASURE\tQEMU\tVMSNAP\tRIVAL\tRATIO\tBUDGET\tVERDICT")
 	for _, row := range r.rows {
-		rival, ratio, budget := row.rival, "-", "-"
-		if rival == "" {
-			rival = "-"
-		}
+		ratio, budget := "-", "-"
 		if row.ratio > 0 {
 			ratio = fmt.Sprintf("%.2f", row.ratio)
 		}
 		if row.budget > 0 {
 			budget = fmt.Sprintf("≤ %.2f", row.budget)
 		}
-		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", row.measure, row.qemu, row.ours, rival, ratio, budget, r.verdict(row))
+		if row.floor {
+			budget = fmt.Sprintf("≥ %.2f", row.budget)
+		}
+		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", row.measure, row.qemu, orDash(row.ours), orDash(row.rival), ratio, budget, r.verdict(row))
 	}
 	_ = w.Flush() // to memory
 	if slices.ContainsFunc(r.rows, func(row row) bool { return r.verdict(row) == unsure }) {
 		b.WriteString("\nunsure: these few rounds do not tell it from chance; run it without -short\n")
 	}
 	return b.String()
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
 }
 
 // save leaves the table and the raw runs in a new directory, and returns it.

@@ -35,9 +35,9 @@ func sampleReport() *report {
 func TestTable(t *testing.T) {
 	want := strings.TrimPrefix(`
 hv1: Some CPU, 2 cores, 2048 MiB, Linux 6.1.0, QEMU 7.2.22, QEMU 10.0.2; load 0.10 0.20 0.30
-5 rounds: medians and quartiles; the rival is a bare script that freezes, cuts and thaws
+Medians and quartiles. Of snapshots without memory there are 5 rounds, and the rival is a bare script that freezes, cuts and thaws.
 
-MEASURE                              QEMU  VMSNAP                    BARE SCRIPT                  RATIO  BUDGET  VERDICT
+MEASURE                              QEMU  VMSNAP                    RIVAL                        RATIO  BUDGET  VERDICT
 freeze window                        7.2   104 ms [102 ms … 106 ms]  98.0 ms [97.0 ms … 99.0 ms]  1.06   ≤ 1.15  ok
 longest stall of the guest's writes  7.2   99.0 ms [97.0 ms … 101 ms]  93.0 ms [92.0 ms … 94.0 ms]  1.06   -       
 `, "\n")

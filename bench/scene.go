@@ -29,21 +29,24 @@ type scene struct {
 	daemon  *daemon.Daemon
 }
 
-func newScene(ctx context.Context, q testvm.QEMU) (*scene, error) {
+// newScene sets a scene with a guest of so much memory; 0 is the usual little.
+func newScene(ctx context.Context, q testvm.QEMU, memoryMiB int) (*scene, error) {
 	dir, err := os.MkdirTemp("", "vmsnap-bench-")
 	if err != nil {
 		return nil, err
 	}
 	s := &scene{dir: dir, qemu: q}
-	if err := s.set(ctx); err != nil {
+	if err := s.set(ctx, memoryMiB); err != nil {
 		return nil, errors.Join(err, s.end())
 	}
 	return s, nil
 }
 
-func (s *scene) set(ctx context.Context) error {
+func (s *scene) set(ctx context.Context, memoryMiB int) error {
 	// The second QMP socket is for the rival.
-	g, err := testvm.Launch(ctx, testvm.Config{QEMU: s.qemu, Name: vmName, Dir: filepath.Join(s.dir, vmName), Disks: testvm.TwoDisks(), ExtraQMP: 1})
+	g, err := testvm.Launch(ctx, testvm.Config{
+		QEMU: s.qemu, Name: vmName, Dir: filepath.Join(s.dir, vmName), Disks: testvm.TwoDisks(), MemoryMiB: memoryMiB, ExtraQMP: 1,
+	})
 	if err != nil {
 		return err
 	}

@@ -8,15 +8,15 @@ import (
 
 // quantile returns the value that a share q of the values does not exceed,
 // between neighbours in proportion. There is at least one value.
-func quantile(values []time.Duration, q float64) time.Duration {
+func quantile[T ~int64](values []T, q float64) T {
 	sorted := slices.Sorted(slices.Values(values))
 	at := q * float64(len(sorted)-1)
 	below := int(at)
 	above := min(below+1, len(sorted)-1)
-	return sorted[below] + time.Duration((at-float64(below))*float64(sorted[above]-sorted[below]))
+	return sorted[below] + T((at-float64(below))*float64(sorted[above]-sorted[below]))
 }
 
-func median(values []time.Duration) time.Duration { return quantile(values, 0.5) }
+func median[T ~int64](values []T) T { return quantile(values, 0.5) }
 
 // each returns one figure of every cut.
 func each(cuts []cut, figure func(cut) time.Duration) []time.Duration {

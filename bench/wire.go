@@ -68,6 +68,11 @@ func (w *wire) exchange(line []byte) (json.RawMessage, error) {
 	if _, err := w.conn.Write(line); err != nil {
 		return nil, err
 	}
+	return w.reply()
+}
+
+// reply reads up to the next reply and returns what it holds.
+func (w *wire) reply() (json.RawMessage, error) {
 	for {
 		line, err := w.lines.ReadBytes('\n')
 		if err != nil {

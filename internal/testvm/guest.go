@@ -57,6 +57,15 @@ func Launch(ctx context.Context, c Config) (*Guest, error) {
 }
 
 func launch(ctx context.Context, c Config) (*Guest, error) {
+	g, err := prepare(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	return g, g.start(ctx)
+}
+
+// prepare makes what a guest needs to be started.
+func prepare(ctx context.Context, c Config) (*Guest, error) {
 	c, err := c.withDefaults()
 	if err != nil {
 		return nil, err
@@ -71,8 +80,7 @@ func launch(ctx context.Context, c Config) (*Guest, error) {
 			return nil, err
 		}
 	}
-	g := &Guest{Name: c.Name, UUID: c.UUID, Dir: c.Dir, config: c, args: commandLine(c)}
-	return g, g.start(ctx)
+	return &Guest{Name: c.Name, UUID: c.UUID, Dir: c.Dir, config: c, args: commandLine(c)}, nil
 }
 
 // start starts QEMU and returns when the guest has booted.
@@ -83,6 +91,12 @@ func (g *Guest) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	return g.boot(ctx, p)
+}
+
+// boot returns when the guest of a QEMU that was just started has booted. If it
+// does not, QEMU is killed.
+func (g *Guest) boot(ctx context.Context, p *process) error {
 	conn, err := dial(ctx, p, g.path(controlSocket))
 	if err != nil {
 		p.kill()
@@ -141,7 +155,7 @@ func (g *Guest) AgentSocket() string { return g.path(agentSocket) }
 // PID returns the process id of the QEMU that was started last.
 func (g *Guest) PID() int {
 	p, _ := g.current()
-	return p.cmd.Process.Pid
+	return p.pid
 }
 
 // Running tells whether the QEMU that was started last still runs.

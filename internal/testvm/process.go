@@ -13,9 +13,10 @@ import (
 
 // process is a running QEMU.
 type process struct {
-	cmd   *exec.Cmd
-	ended chan struct{} // closed when it was collected
-	err   error         // how it ended, once ended is closed
+	pid    int
+	signal func(syscall.Signal) error
+	ended  chan struct{} // closed when it has ended, and was collected if it is ours to collect
+	err    error         // how it ended, once ended is closed
 }
 
 // starts carries commands to the thread that starts every QEMU. QEMU is killed
@@ -39,19 +40,23 @@ func startProcess(args []string, log string) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &process{cmd: exec.Command(args[0], args[1:]...), ended: make(chan struct{})}
-	p.cmd.Stdout, p.cmd.Stderr = out, out
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Pdeathsig: syscall.SIGKILL,
 		Setpgid:   true, // a Ctrl-C is for us to handle
 	}
 	started := make(chan error)
-	starts() <- func() { started <- p.cmd.Start() }
+	starts() <- func() { started <- cmd.Start() }
 	if err := errors.Join(<-started, out.Close()); err != nil {
 		return nil, fmt.Errorf("start %s: %w", args[0], err)
 	}
+	p := &process{
+		pid: cmd.Process.Pid, ended: make(chan struct{}),
+		signal: func(s syscall.Signal) error { return cmd.Process.Signal(s) },
+	}
 	go func() {
-		p.err = p.cmd.Wait()
+		p.err = cmd.Wait()
 		close(p.ended)
 	}()
 	return p, nil
@@ -75,8 +80,8 @@ func (p *process) wait(ctx context.Context) error {
 	}
 }
 
-// kill ends the process for sure; it returns when it has been collected.
+// kill ends the process for sure; it returns when it has ended.
 func (p *process) kill() {
-	_ = p.cmd.Process.Kill() // fails only if it has ended
+	_ = p.signal(syscall.SIGKILL) // fails only if it has ended
 	<-p.ended
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -42,6 +43,7 @@ type Writers struct {
 
 	mu        sync.Mutex
 	heartbeat track
+	missed    []Gap // of the heartbeat, oldest first
 	writes    map[string]*track
 	completed map[string]uint64
 	advanced  chan struct{} // closed at the next completed write
@@ -113,10 +115,28 @@ func (w *Writers) readHeartbeat(conn net.Conn) error {
 		if err != nil {
 			return fmt.Errorf("heartbeat: %w", err)
 		}
-		w.mu.Lock()
-		w.heartbeat.event(time.Now())
-		w.mu.Unlock()
+		w.beat(time.Now())
 	}
+}
+
+func (w *Writers) beat(now time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if gap := (Gap{w.heartbeat.last, now}); gap.Length() >= missedBeats {
+		w.missed = append(w.missed, gap)
+	}
+	w.heartbeat.event(now)
+}
+
+// missedBeats is the shortest gap that Missed tells of.
+const missedBeats = 3 * time.Millisecond
+
+// Missed returns all gaps of the heartbeat since the writers were started or
+// Reset in which more than two beats were missed, oldest first.
+func (w *Writers) Missed() []Gap {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.missed)
 }
 
 func (w *Writers) readWrites(conn net.Conn) error {
@@ -183,7 +203,7 @@ func (w *Writers) Reset() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	now := time.Now()
-	w.heartbeat = track{last: now}
+	w.heartbeat, w.missed = track{last: now}, nil
 	for disk := range w.writes {
 		w.writes[disk] = &track{last: now}
 	}

@@ -1,0 +1,115 @@
+package main
+
+import (
+	"fmt"
+	"time"
+)
+
+// lastSaves is how many saves at the end of a process's ten stand for its tenth:
+// one alone tells little.
+const lastSaves = 3
+
+// addMemory adds what was measured of snapshots with memory at one dirty rate.
+func (r *report) addMemory(m memoryRuns) {
+	add := func(w row, measure string) {
+		w.measure, w.qemu = fmt.Sprintf("memory, %d MB/s dirtied: %s", m.rate, measure), m.qemu
+		r.rows = append(r.rows, w)
+	}
+	compare := func(measure string, budget float64, figure func(save) time.Duration) {
+		a, b := figures(m.ours, figure), figures(m.libvirt, figure)
+		add(row{ours: spread(a), rival: "libvirt " + spread(b), ratio: float64(median(a)) / float64(median(b)), budget: budget}, measure)
+	}
+	pause := func(s save) time.Duration { return s.pause }
+	pauseBudget := 0.0
+	if m.highest {
+		pauseBudget = maxPauseRatio
+	}
+	compare("pause", pauseBudget, pause)
+	pauses := figures(m.ours, pause)
+	add(row{
+		ours: short(median(pauses)), rival: short(maxPause) + " allowed",
+		ratio: float64(median(pauses)) / float64(maxPause), budget: 1,
+	}, "pause, median")
+	if n := len(pauses); n > lastSaves {
+		last := pauses[n-lastSaves:]
+		add(row{
+			ours: spread(last), rival: "its first save " + short(pauses[0]),
+			ratio: float64(median(last)) / float64(pauses[0]), budget: maxLaterPause,
+		}, fmt.Sprintf("pause, saves %d–%d of a process", n-lastSaves+1, n))
+	}
+	compare("longest vCPU gap of the whole save", 0, func(s save) time.Duration { return s.gap })
+	compare("longest vCPU gap before it, with no save", 0, func(s save) time.Duration { return s.alone })
+	compare("snapshot create", 0, func(s save) time.Duration { return s.took })
+	size := func(s save) int64 { return s.size }
+	ours, theirs := median(figures(m.ours, size)), median(figures(m.libvirt, size))
+	add(row{ours: mib(ours), rival: "libvirt " + mib(theirs), ratio: float64(ours) / float64(theirs)}, "file")
+	r.addRates(m, add)
+	r.runMemory(m)
+}
+
+// addRates compares how fast the memory gets to the disk with what is possible.
+func (r *report) addRates(m memoryRuns, add func(row, string)) {
+	ours := make([]rate, len(m.ours))
+	for i, s := range m.ours {
+		ours[i] = rate{s.size, s.stream}
+	}
+	limit, by := middle(m.null), "QEMU to null"
+	if disk := middle(m.disk); disk < limit {
+		limit, by = disk, "the disk"
+	}
+	add(row{ours: mibPerSecond(middle(ours)), rival: by + " " + mibPerSecond(limit), ratio: middle(ours) / limit, budget: minRateRatio, floor: true}, "rate")
+	add(row{rival: mibPerSecond(middle(m.null))}, "rate of QEMU to the null device, tracking writes")
+	if len(m.plain) > 0 {
+		add(row{rival: mibPerSecond(middle(m.plain))}, "rate of QEMU to the null device, a plain migration")
+	}
+	add(row{rival: mibPerSecond(middle(m.disk))}, "rate of the disk, written to in order, durable")
+}
+
+// runMemory adds the raw runs.
+func (r *report) runMemory(m memoryRuns) {
+	for _, by := range []struct {
+		name  string
+		saves []save
+	}{{"vmsnap", m.ours}, {"libvirt", m.libvirt}} {
+		for i, s := range by.saves {
+			extra := []measurement{{"pause-ns", int64(s.pause)}, {"gap-ns", int64(s.gap)}, {"alone-ns", int64(s.alone)}, {"file-bytes", s.size}}
+			if s.told > 0 {
+				extra = append(extra, measurement{"told-ns", int64(s.told)}, measurement{"stream-ns", int64(s.stream)})
+			}
+			for _, st := range s.steps {
+				extra = append(extra, measurement{st.name + "-ns", int64(st.took)})
+			}
+			r.run(fmt.Sprintf("MemorySave/qemu=%s/dirty=%d/by=%s/save=%d", m.qemu, m.rate, by.name, i+1), s.took, extra...)
+		}
+	}
+	for _, by := range []struct {
+		name  string
+		rates []rate
+	}{{"null", m.null}, {"plain", m.plain}, {"disk", m.disk}} {
+		for _, one := range by.rates {
+			r.run(fmt.Sprintf("MemoryFloor/qemu=%s/dirty=%d/by=%s", m.qemu, m.rate, by.name), one.took, measurement{"file-bytes", one.bytes})
+		}
+	}
+}
+
+// figures returns one figure of every save.
+func figures[T any](saves []save, figure func(save) T) []T {
+	var values []T
+	for _, s := range saves {
+		values = append(values, figure(s))
+	}
+	return values
+}
+
+// middle returns the median of rates, in bytes a second.
+func middle(rates []rate) float64 {
+	var values []int64
+	for _, one := range rates {
+		values = append(values, int64(one.perSecond()))
+	}
+	return float64(median(values))
+}
+
+func mib(bytes int64) string { return fmt.Sprintf("%d MiB", bytes>>20) }
+
+func mibPerSecond(rate float64) string { return fmt.Sprintf("%.0f MiB/s", rate/(1<<20)) }

@@ -40,9 +40,10 @@ type ActiveMerge struct {
 //
 // When ctx ends before the pivot, or BeforePivot fails, the job is cancelled and
 // the graph is as before; from BeforePivot's success on it is too late. With
-// ErrLeaveJob as its cause, or when QEMU does not answer, the job is left as it
-// is and the error is ErrJobUnfinished: run it again. One that is left pending
-// holds the guest's requests until then.
+// ErrLeaveJob as its cause the job is left as it is, unless it was told to come
+// to its end: a job that is left pending holds the guest's requests. When QEMU
+// does not answer it is left in any case. The error is ErrJobUnfinished then: run
+// it again, soon.
 //
 // After ErrNotMerged, and after a JobError, BeforePivot may have succeeded: the
 // caller leads the launch path back to the top, at once.
@@ -154,6 +155,8 @@ func (a ActiveMerge) finish(ctx context.Context, m Monitor) error {
 // complete tells the ready job to come to an end. Until it is pending the guest
 // can still write faster than the job copies.
 func (a ActiveMerge) complete(ctx context.Context, m Monitor) (JobState, error) {
+	ctx, stop := staying(ctx)
+	defer stop()
 	err := jobCommand(context.WithoutCancel(ctx), m, "job-complete", a.ID)
 	if err != nil && !refused(err) {
 		return JobState{}, fmt.Errorf("job %s: %w: %w", a.ID, ErrJobUnfinished, err)
@@ -169,12 +172,23 @@ func (a ActiveMerge) complete(ctx context.Context, m Monitor) (JobState, error) 
 	return a.await(ctx, m, monitor.JobPending)
 }
 
+// staying returns a context that ends with ctx, but not to leave the job.
+func staying(ctx context.Context) (context.Context, context.CancelFunc) {
+	stay, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		if cause := context.Cause(ctx); !errors.Is(cause, ErrLeaveJob) {
+			cancel(cause)
+		}
+	})
+	return stay, func() { stop(); cancel(nil) }
+}
+
 // pivot calls the hook and lets the job replace the top by the base. hooked
 // reports whether the hook succeeded.
 func (a ActiveMerge) pivot(ctx context.Context, m Monitor) (s JobState, hooked bool, err error) {
 	whole := context.WithoutCancel(ctx)
-	if ctx.Err() != nil {
-		return s, false, context.Cause(ctx)
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, ErrLeaveJob) {
+		return s, false, cause
 	}
 	if err := a.beforePivot(whole); err != nil {
 		return s, false, err

@@ -246,3 +246,57 @@ func TestQEMUActiveMergeRefusesAMisnamedBase(t *testing.T) {
 		s.holds(1, "after a refusal")
 	})
 }
+
+// A covered overlay of a disk that runs in another thread is reopened there.
+func TestQEMUActiveMergeInAnIOThread(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		s := newStack(t, q, "iothread", "qcow2", "")
+		s.reopens = false
+		s.write(write{1, 0, 64})
+		s.cover()
+		s.write(write{2, 32, 64})
+		s.cover()
+		s.write(write{3, 64, 64})
+		before := s.shape()
+		m := s.activeMerge()
+		point := m.BeforePivot
+		m.BeforePivot = func(context.Context) error { return errHook }
+		if err := m.Run(s.ctx(), s); !errors.Is(err, errHook) || !errors.Is(err, blockdev.ErrNotMerged) {
+			t.Fatalf("a merge whose hook fails: %v", err)
+		}
+		if after := s.shape(); after["root"] != before["root"] {
+			t.Errorf("the graph is %v", after)
+		}
+		s.write(write{4, 200, 8})
+		s.holds(2, "after a hook that failed")
+		m.BeforePivot = point
+		if err := m.Run(s.ctx(), s); err != nil {
+			t.Fatal(err)
+		}
+		s.merged("in an iothread")
+		s.write(write{5, 300, 8})
+		s.restart()
+		s.holds(1, "started again")
+	})
+}
+
+// Leaving a job that was told to end would leave the guest waiting for its disk.
+func TestQEMUActiveMergeIsNotLeftPending(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		s := newStack(t, q, "drive", "qcow2", "")
+		s.write(write{1, 0, 64})
+		s.cover()
+		s.write(write{2, 32, 64})
+		m := s.activeMerge()
+		ctx, leave := context.WithCancelCause(s.ctx())
+		m.Watch = func(j blockdev.JobState) {
+			if j.Status == monitor.JobPending {
+				leave(blockdev.ErrLeaveJob)
+			}
+		}
+		if err := m.Run(ctx, s); err != nil {
+			t.Fatalf("a merge that was to be left when it was pending: %v", err)
+		}
+		s.merged("left too late")
+	})
+}

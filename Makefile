@@ -14,7 +14,7 @@ TORTUREROUNDS ?= 200
 # Real guests take memory and cores, so few packages run at a time; testvm
 # itself limits how many guests run beside each other. Results are not cached:
 # the tests start programs that the cache does not know of.
-TESTFLAGS ?= -p 2 -parallel 4 -timeout 30m -count=1
+TESTFLAGS ?= -p 2 -parallel 4 -timeout 60m -count=1
 
 .PHONY: help
 help: ## list the targets

@@ -13,8 +13,8 @@ import (
 )
 
 // measureFloors measures what a save cannot be faster than, on the guest that
-// was just saved: QEMU with a target that takes everything at once, and the
-// disk without QEMU.
+// was just saved: QEMU with a target that takes everything at once, the disk
+// without QEMU, and QEMU with a file and nobody beside it.
 func (runs *memoryRuns) measureFloors(ctx context.Context, s *scene, plan memoryPlan) error {
 	ctx, cancel := context.WithTimeout(ctx, saveDeadline)
 	defer cancel()
@@ -28,12 +28,15 @@ func (runs *memoryRuns) measureFloors(ctx context.Context, s *scene, plan memory
 		if err != nil {
 			return fmt.Errorf("save to the null device: %w", err)
 		}
-		runs.null = append(runs.null, null)
+		file, err := migrateToFile(ctx, qmp, filepath.Join(s.dir, "bare-memory"), int64(plan.memoryMiB)<<20)
+		if err != nil {
+			return fmt.Errorf("save to a file: %w", err)
+		}
 		disk, err := diskRate(s.dir, null.bytes)
 		if err != nil {
 			return err
 		}
-		runs.disk = append(runs.disk, disk)
+		runs.null, runs.file, runs.disk = append(runs.null, null), append(runs.file, file), append(runs.disk, disk)
 	}
 	if runs.rate > 0 {
 		return nil // a plain migration need not come to an end
@@ -57,7 +60,36 @@ func migrateToNull(ctx context.Context, qmp *wire, tracked bool) (_ rate, err er
 		return rate{}, err
 	}
 	defer func() { _ = null.Close() }()
-	if err := qmp.sendFile(null, encode("getfd", object{"fdname": "null"})); err != nil {
+	r, err := migrate(ctx, qmp, null, tracked)
+	if err == nil && !tracked {
+		err = qmp.call("cont", object{}, nil)
+	}
+	return r, err
+}
+
+// migrateToFile has QEMU save the guest's memory into a file with its space set
+// aside, as vmsnapd has it, and makes that durable.
+func migrateToFile(ctx context.Context, qmp *wire, path string, reserve int64) (_ rate, err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return rate{}, err
+	}
+	defer func() { err = errors.Join(err, f.Close(), os.Remove(path)) }()
+	// A guest must never be left with a save that fails for want of space.
+	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, reserve+reserve/64); err != nil {
+		return rate{}, err
+	}
+	began := time.Now()
+	r, err := migrate(ctx, qmp, f, true)
+	if err == nil {
+		err = f.Sync()
+	}
+	return rate{r.bytes, time.Since(began)}, err
+}
+
+// migrate has QEMU write the guest's memory to a file.
+func migrate(ctx context.Context, qmp *wire, target *os.File, tracked bool) (_ rate, err error) {
+	if err := qmp.sendFile(target, encode("getfd", object{"fdname": "target"})); err != nil {
 		return rate{}, err
 	}
 	if err := setTracking(qmp, tracked); err != nil {
@@ -68,14 +100,10 @@ func migrateToNull(ctx context.Context, qmp *wire, tracked bool) (_ rate, err er
 		return rate{}, err
 	}
 	began := time.Now()
-	if err := qmp.call("migrate", object{"uri": "fd:null"}, nil); err != nil {
+	if err := qmp.call("migrate", object{"uri": "fd:target"}, nil); err != nil {
 		return rate{}, err
 	}
-	r, err := awaitMigration(ctx, qmp, began)
-	if err == nil && !tracked {
-		err = qmp.call("cont", object{}, nil)
-	}
-	return r, err
+	return awaitMigration(ctx, qmp, began)
 }
 
 func setTracking(qmp *wire, on bool) error {
@@ -84,7 +112,7 @@ func setTracking(qmp *wire, on bool) error {
 
 // migrationInterval is the time between two looks at a migration: little beside
 // the second that it takes.
-const migrationInterval = 5 * time.Millisecond
+const migrationInterval = 20 * time.Millisecond
 
 func awaitMigration(ctx context.Context, qmp *wire, began time.Time) (rate, error) {
 	for {

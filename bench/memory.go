@@ -22,7 +22,7 @@ const (
 	// maxLaterPause is the pause of the last saves of a process beside its first.
 	maxLaterPause = 1.5
 	// minRateRatio is the rate beside the lesser of what QEMU can give and what
-	// the disk takes.
+	// the disk takes, and beside what QEMU does with a file that nobody follows.
 	minRateRatio = 0.9
 )
 
@@ -38,7 +38,7 @@ type memoryPlan struct {
 
 func planMemory(short bool) memoryPlan {
 	if short {
-		return memoryPlan{memoryMiB: 1024, workingSet: 512 << 20, rates: []int{0, 400}, saves: 1, rival: 1, floors: 1}
+		return memoryPlan{memoryMiB: 1024, workingSet: 256 << 20, rates: []int{0, 400}, saves: 1, rival: 1, floors: 1}
 	}
 	return memoryPlan{memoryMiB: 2048, workingSet: 1 << 30, rates: []int{0, 100, 400}, saves: 10, rival: 2, floors: 3}
 }
@@ -66,6 +66,7 @@ type memoryRuns struct {
 	libvirt []save
 	null    []rate // QEMU, saving the same way to the null device
 	plain   []rate // QEMU, migrating to the null device with no write tracking
+	file    []rate // QEMU, saving the same way to a file, with nobody beside it
 	disk    []rate // the file system
 }
 

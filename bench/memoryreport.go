@@ -57,7 +57,14 @@ func (r *report) addRates(m memoryRuns, add func(row, string)) {
 	if disk := middle(m.disk); disk < limit {
 		limit, by = disk, "the disk"
 	}
-	add(row{ours: mibPerSecond(middle(ours)), rival: by + " " + mibPerSecond(limit), ratio: middle(ours) / limit, budget: minRateRatio, floor: true}, "rate")
+	against := func(by string, other float64) {
+		add(row{
+			ours: mibPerSecond(middle(ours)), rival: by + " " + mibPerSecond(other),
+			ratio: middle(ours) / other, budget: minRateRatio, floor: true,
+		}, "rate, until durable")
+	}
+	against("QEMU to a file, no vmsnapd", middle(m.file))
+	against("the lesser of null and disk: "+by, limit)
 	add(row{rival: mibPerSecond(middle(m.null))}, "rate of QEMU to the null device, tracking writes")
 	if len(m.plain) > 0 {
 		add(row{rival: mibPerSecond(middle(m.plain))}, "rate of QEMU to the null device, a plain migration")
@@ -85,7 +92,7 @@ func (r *report) runMemory(m memoryRuns) {
 	for _, by := range []struct {
 		name  string
 		rates []rate
-	}{{"null", m.null}, {"plain", m.plain}, {"disk", m.disk}} {
+	}{{"null", m.null}, {"plain", m.plain}, {"file", m.file}, {"disk", m.disk}} {
 		for _, one := range by.rates {
 			r.run(fmt.Sprintf("MemoryFloor/qemu=%s/dirty=%d/by=%s", m.qemu, m.rate, by.name), one.took, measurement{"file-bytes", one.bytes})
 		}

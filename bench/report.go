@@ -37,6 +37,8 @@ func (r *report) verdict(row row) verdict {
 		return ""
 	case row.floor && row.ratio >= row.budget, !row.floor && row.ratio <= row.budget:
 		return kept
+	case row.floor && r.short:
+		return unsureBelow
 	case row.floor:
 		return below
 	case r.short && row.sure <= row.budget:
@@ -52,6 +54,8 @@ const (
 	missed verdict = "OVER"
 	below  verdict = "BELOW"
 	unsure verdict = "over, unsure"
+
+	unsureBelow verdict = "below, unsure"
 )
 
 func (r *report) addWindows(qemu string, ours, bare []cut) {
@@ -152,7 +156,7 @@ func (r *report) table() string {
 		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", row.measure, row.qemu, orDash(row.ours), orDash(row.rival), ratio, budget, r.verdict(row))
 	}
 	_ = w.Flush() // to memory
-	if slices.ContainsFunc(r.rows, func(row row) bool { return r.verdict(row) == unsure }) {
+	if slices.ContainsFunc(r.rows, func(row row) bool { v := r.verdict(row); return v == unsure || v == unsureBelow }) {
 		b.WriteString("\nunsure: these few rounds do not tell it from chance; run it without -short\n")
 	}
 	return b.String()

@@ -11,7 +11,8 @@ cd "$(dirname "$0")/.."
 
 packages=(
     binutils busybox-static ca-certificates curl e2fsprogs gcc libc6-dev
-    libprotobuf-dev lz4 mmdebstrap prometheus protobuf-compiler qemu-system-x86
+    libprotobuf-dev libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu lz4
+    mmdebstrap prometheus protobuf-compiler qemu-system-x86
     qemu-utils rpm seabios socat strace systemd systemd-container
 )
 

@@ -158,7 +158,7 @@ func (a *Agent) run(ctx context.Context, ready func()) error {
 	}
 }
 
-// purge forgets request ids that are older than they are kept for.
+// purge forgets request ids and operations that are older than they are kept for.
 func (a *Agent) purge(ctx context.Context) {
 	daily := time.NewTicker(24 * time.Hour)
 	defer daily.Stop()

@@ -75,12 +75,15 @@ func TestVerdict(t *testing.T) {
 		{"over in a short run, perhaps by chance", row{ratio: 1.3, budget: 1.15, sure: 1.1}, true, unsure},
 		{"over in a short run for sure", row{ratio: 1.5, budget: 1.15, sure: 1.2}, true, missed},
 		{"below in a short run", row{ratio: 1.1, budget: 1.15, sure: 1}, true, kept},
+		{"enough", row{ratio: 0.9, budget: 0.9, floor: true}, false, kept},
+		{"too little", row{ratio: 0.89, budget: 0.9, floor: true}, false, below},
+		{"too little in a short run", row{ratio: 0.89, budget: 0.9, floor: true}, true, unsureBelow},
 	} {
 		r := &report{short: test.short, rows: []row{test.row}}
 		if got := r.verdict(test.row); got != test.want {
 			t.Errorf("%s: %q, want %q", test.name, got, test.want)
 		}
-		if got := r.missed(); got != (test.want == missed) {
+		if got := r.missed(); got != (test.want == missed || test.want == below) {
 			t.Errorf("%s: missed is %v", test.name, got)
 		}
 	}

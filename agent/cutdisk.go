@@ -269,6 +269,14 @@ func (c *cutDisk) coverLaunch() error {
 	return c.baseDir.SyncFile(c.Base)
 }
 
+// syncBase makes what QEMU wrote to the base durable.
+func (c *cutDisk) syncBase() error {
+	if c.BaseDevice != "" {
+		return blockdev.SyncDevice(c.Prefix + c.baseDir.Path(c.Base))
+	}
+	return c.baseDir.SyncFile(c.Base)
+}
+
 // flagBase keeps everyone from writing to the base, or lets them.
 func (c *cutDisk) flagBase(on bool) error {
 	if c.BaseDevice != "" {

@@ -162,7 +162,7 @@ func (c *cut) transactWithMemory(ctx context.Context) error {
 		// Stopping the CPUs flushes every image: what is left to write then is part
 		// of the pause. A frozen guest has had it written.
 		for _, d := range c.disks {
-			if err := d.baseDir.SyncFile(d.Base); err != nil {
+			if err := d.syncBase(); err != nil {
 				return c.failure(d, err)
 			}
 		}

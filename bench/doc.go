@@ -7,6 +7,14 @@
 // already it freezes, sends the one transaction, and thaws, and does nothing
 // else (bare.go). vmsnap is used through its API, as a controller does.
 //
+// The rival of snapshots with memory is libvirt (virsh snapshot-create-as --live
+// --memspec) with an equal guest, in a libvirtd of the benchmark's own, which
+// the host's is not touched by (libvirt.go). The guest changes its memory at a
+// steady rate; how long it stands still is what its heartbeat shows from
+// outside, whoever saves it. How fast memory gets to the disk is compared with
+// what QEMU alone does, with the null device and with a file, and with what the
+// disk takes (floors.go).
+//
 // The table and the raw runs, which benchstat reads, are left in
 // bench/results/DATE-HOST.
 package main

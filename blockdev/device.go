@@ -123,6 +123,15 @@ func readOnly(f *os.File) (bool, error) {
 	return value != 0, nil
 }
 
+// SyncDevice makes what was written to a block device durable.
+func SyncDevice(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
 // openDevice opens a block device for writing, which must have the given size in
 // bytes.
 func openDevice(path string, size uint64) (*os.File, error) {

@@ -3,6 +3,7 @@ package blockdev_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -13,21 +14,21 @@ import (
 )
 
 func TestQEMUActiveMerge(t *testing.T) {
-	for _, c := range []struct {
-		name, attach, format string
-		layers               int
-		restart              bool
-	}{
-		{"reopened", "drive", "qcow2", 1, false},
-		{"reopened-twice", "drive", "qcow2", 2, false},
-		{"raw", "drive", "raw", 1, false},
-		{"started-again", "drive", "qcow2", 2, true},
-		{"iothread-started-again", "iothread", "qcow2", 1, true},
-		{"filter", "filter", "qcow2", 1, false},
-		{"filter-started-again", "filter", "qcow2", 2, true},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		for _, c := range []struct {
+			name, attach, format string
+			layers               int
+			restart              bool
+		}{
+			{"reopened", "drive", "qcow2", 1, false},
+			{"reopened-twice", "drive", "qcow2", 2, false},
+			{"raw", "drive", "raw", 1, false},
+			{"started-again", "drive", "qcow2", 2, true},
+			{"iothread-started-again", "iothread", "qcow2", 1, true},
+			{"filter", "filter", "qcow2", 1, false},
+			{"filter-started-again", "filter", "qcow2", 2, true},
+		} {
+			t.Run(c.name, func(t *testing.T) {
 				s := newStack(t, q, c.attach, c.format, "")
 				s.reopens = c.attach != "iothread"
 				s.write(write{1, 0, 64})
@@ -70,48 +71,50 @@ func TestQEMUActiveMerge(t *testing.T) {
 				}
 				s.merged("after the second merge")
 			})
-		})
-	}
+		}
+	})
 }
 
 var errHook = errors.New("the directory cannot be synced")
 
 func TestQEMUActiveMergeHookFails(t *testing.T) {
-	for _, restart := range []bool{false, true} {
-		testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
-			s := newStack(t, q, "drive", "qcow2", "")
-			s.write(write{1, 0, 64})
-			s.cover()
-			s.write(write{2, 32, 64})
-			if restart {
-				s.restart()
-			}
-			before := s.shape()
-			m := s.activeMerge()
-			point := m.BeforePivot
-			m.BeforePivot = func(context.Context) error { return errHook }
-			err := m.Run(s.ctx(), s)
-			if !errors.Is(err, errHook) || !errors.Is(err, blockdev.ErrNotMerged) {
-				t.Fatalf("a merge whose hook fails: %v", err)
-			}
-			if restart && q.Name == "7.2" {
-				// It leaves a base writable that it has opened by itself.
-				for name, node := range before {
-					before[name] = strings.Replace(node, "read-only=true", "read-only=false", 1)
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		for _, restart := range []bool{false, true} {
+			t.Run(fmt.Sprintf("restart=%v", restart), func(t *testing.T) {
+				s := newStack(t, q, "drive", "qcow2", "")
+				s.write(write{1, 0, 64})
+				s.cover()
+				s.write(write{2, 32, 64})
+				if restart {
+					s.restart()
 				}
-			}
-			s.sameShape(before, "after a hook that failed")
-			s.noJob()
-			s.write(write{3, 90, 8})
-			s.leads(1, "after a hook that failed")
-			s.holds(1, "after a hook that failed")
-			m.BeforePivot = point
-			if err := m.Run(s.ctx(), s); err != nil {
-				t.Fatal(err)
-			}
-			s.merged("the second time")
-		})
-	}
+				before := s.shape()
+				m := s.activeMerge()
+				point := m.BeforePivot
+				m.BeforePivot = func(context.Context) error { return errHook }
+				err := m.Run(s.ctx(), s)
+				if !errors.Is(err, errHook) || !errors.Is(err, blockdev.ErrNotMerged) {
+					t.Fatalf("a merge whose hook fails: %v", err)
+				}
+				if restart && q.Name == "7.2" {
+					// It leaves a base writable that it has opened by itself.
+					for name, node := range before {
+						before[name] = strings.Replace(node, "read-only=true", "read-only=false", 1)
+					}
+				}
+				s.sameShape(before, "after a hook that failed")
+				s.noJob()
+				s.write(write{3, 90, 8})
+				s.leads(1, "after a hook that failed")
+				s.holds(1, "after a hook that failed")
+				m.BeforePivot = point
+				if err := m.Run(s.ctx(), s); err != nil {
+					t.Fatal(err)
+				}
+				s.merged("the second time")
+			})
+		}
+	})
 }
 
 // slow makes a merge take as long as the test likes.

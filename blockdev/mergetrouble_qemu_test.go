@@ -155,9 +155,9 @@ func TestQEMUActiveMergeIOError(t *testing.T) {
 // QEMU is killed at each point around the pivot, and started by its launch
 // command: what was written last is there.
 func TestQEMUKilledAroundThePivot(t *testing.T) {
-	for _, at := range []string{"running", "before-pointing", "after-pointing", "finalizing", "concluded"} {
-		t.Run(at, func(t *testing.T) {
-			testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		for _, at := range []string{"running", "before-pointing", "after-pointing", "finalizing", "concluded"} {
+			t.Run(at, func(t *testing.T) {
 				s := newStack(t, q, "drive", "qcow2", "")
 				s.write(write{1, 0, 64})
 				s.cover()
@@ -208,15 +208,15 @@ func TestQEMUKilledAroundThePivot(t *testing.T) {
 				}
 				s.merged("in the end")
 			})
-		})
-	}
+		}
+	})
 }
 
 // The merge goes on in a new session, whatever state the job was left in.
 func TestQEMUActiveMergeAdopted(t *testing.T) {
-	for _, left := range []string{"running", "ready", "pending", "pivoted", "dismissed", "cancelled"} {
-		t.Run(left, func(t *testing.T) {
-			testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		for _, left := range []string{"running", "ready", "pending", "pivoted", "dismissed", "cancelled"} {
+			t.Run(left, func(t *testing.T) {
 				s := newStack(t, q, "drive", "qcow2", "")
 				s.write(write{1, 0, 64})
 				s.cover()
@@ -253,8 +253,8 @@ func TestQEMUActiveMergeAdopted(t *testing.T) {
 				s.sameShape(before, "after a job that was cancelled meanwhile")
 				s.holds(1, "after a job that was cancelled meanwhile")
 			})
-		})
-	}
+		}
+	})
 }
 
 // leaveMerge begins a merge as an agent does that dies, and ends the session.
@@ -328,9 +328,9 @@ func (s *stack) awaitJob(id string, status monitor.JobStatus) {
 }
 
 func TestQEMUActiveMergeAbandoned(t *testing.T) {
-	for _, left := range []string{"running", "pending", "dismissed"} {
-		t.Run(left, func(t *testing.T) {
-			testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		for _, left := range []string{"running", "pending", "dismissed"} {
+			t.Run(left, func(t *testing.T) {
 				s := newStack(t, q, "drive", "qcow2", "")
 				s.write(write{1, 0, 64})
 				s.cover()
@@ -356,6 +356,6 @@ func TestQEMUActiveMergeAbandoned(t *testing.T) {
 				s.leads(1, "abandoned")
 				s.holds(1, "abandoned")
 			})
-		})
-	}
+		}
+	})
 }

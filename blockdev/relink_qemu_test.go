@@ -103,19 +103,19 @@ func (s *stack) stream(layer, n int) blockdev.Stream {
 }
 
 func TestQEMUCommitOfACoveredLayer(t *testing.T) {
-	for _, c := range []struct {
-		name, format string
-		layer        int
-		restart      bool
-	}{
-		{"below-the-active", "qcow2", 2, false},
-		{"in-the-middle", "qcow2", 1, false},
-		{"into-raw", "raw", 1, false},
-		{"below-the-active-started-again", "qcow2", 2, true},
-		{"in-the-middle-started-again", "qcow2", 1, true},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		for _, c := range []struct {
+			name, format string
+			layer        int
+			restart      bool
+		}{
+			{"below-the-active", "qcow2", 2, false},
+			{"in-the-middle", "qcow2", 1, false},
+			{"into-raw", "raw", 1, false},
+			{"below-the-active-started-again", "qcow2", 2, true},
+			{"in-the-middle-started-again", "qcow2", 1, true},
+		} {
+			t.Run(c.name, func(t *testing.T) {
 				s := fourLayers(t, q, c.format, c.restart)
 				m := s.commit(c.layer)
 				for range 2 { // the second time there is nothing to do
@@ -129,26 +129,26 @@ func TestQEMUCommitOfACoveredLayer(t *testing.T) {
 				s.restart()
 				s.holds(len(s.layers)-1, "started again")
 			})
-		})
-	}
+		}
+	})
 }
 
 func TestQEMUStream(t *testing.T) {
-	for _, c := range []struct {
-		name     string
-		layer, n int
-		restart  bool
-	}{
-		{"into-the-active", 3, 1, false},
-		{"in-the-middle", 2, 1, false},
-		{"flatten-the-active", 3, 3, false},
-		{"flatten-in-the-middle", 1, 1, false},
-		{"into-the-active-started-again", 3, 1, true},
-		{"in-the-middle-started-again", 2, 1, true},
-		{"flatten-the-active-started-again", 3, 3, true},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		for _, c := range []struct {
+			name     string
+			layer, n int
+			restart  bool
+		}{
+			{"into-the-active", 3, 1, false},
+			{"in-the-middle", 2, 1, false},
+			{"flatten-the-active", 3, 3, false},
+			{"flatten-in-the-middle", 1, 1, false},
+			{"into-the-active-started-again", 3, 1, true},
+			{"in-the-middle-started-again", 2, 1, true},
+			{"flatten-the-active-started-again", 3, 3, true},
+		} {
+			t.Run(c.name, func(t *testing.T) {
 				s := fourLayers(t, q, "qcow2", c.restart)
 				m := s.stream(c.layer, c.n)
 				for range 2 {
@@ -163,8 +163,8 @@ func TestQEMUStream(t *testing.T) {
 				s.restart()
 				s.holds(len(s.layers)-1, "started again")
 			})
-		})
-	}
+		}
+	})
 }
 
 // unlinkedOnce takes a layer out of the stack, and verifies the stack after the
@@ -191,9 +191,9 @@ func (s *stack) remove(layer int) {
 }
 
 func TestQEMUCommitAndStreamCancelled(t *testing.T) {
-	for _, kind := range []string{"commit", "stream"} {
-		t.Run(kind, func(t *testing.T) {
-			testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		for _, kind := range []string{"commit", "stream"} {
+			t.Run(kind, func(t *testing.T) {
 				s := newStack(t, q, "drive", "qcow2", "")
 				s.write(write{1, 0, 64})
 				s.cover()
@@ -253,6 +253,6 @@ func TestQEMUCommitAndStreamCancelled(t *testing.T) {
 				}
 				s.unlinked(1)
 			})
-		})
-	}
+		}
+	})
 }

@@ -80,7 +80,7 @@ var errHook = errors.New("the directory cannot be synced")
 func TestQEMUActiveMergeHookFails(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		for _, restart := range []bool{false, true} {
-			t.Run(fmt.Sprintf("restart=%v", restart), func(t *testing.T) {
+			t.Run(fmt.Sprintf("restarted-%v", restart), func(t *testing.T) {
 				s := newStack(t, q, "drive", "qcow2", "")
 				s.write(write{1, 0, 64})
 				s.cover()

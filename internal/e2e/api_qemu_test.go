@@ -66,7 +66,7 @@ func (h *host) agentComesAndGoes(g *testvm.Guest) {
 	h.t.Helper()
 	presence := func(want vmsnapv1.GuestAgent_Presence) {
 		h.t.Helper()
-		h.sees(5*time.Second, g.Name, func(vm *vmsnapv1.VM) error {
+		h.sees(eventLimit, g.Name, func(vm *vmsnapv1.VM) error {
 			if got := vm.GetGuestAgent(); got.GetPresence() != want || got.GetSocket() != g.AgentSocket() {
 				return fmt.Errorf("agent %v", got)
 			}
@@ -109,7 +109,7 @@ func (h *host) curlTakesASnapshot(vm, name string) {
 	var created struct{ Operation struct{ ID string } }
 	h.curl(vmsnapv1connect.SnapshotServiceCreateSnapshotProcedure, `{"vm":"`+vm+`","name":"`+name+`","quiesce":"QUIESCE_REQUIRE","requestId":"r1"}`, &created)
 	id := created.Operation.ID
-	h.eventually(30*time.Second, "curl sees the operation's end", func() error {
+	h.eventually(eventLimit, "curl sees the operation's end", func() error {
 		var got struct {
 			Operation struct {
 				State, SnapshotID string
@@ -120,7 +120,7 @@ func (h *host) curlTakesASnapshot(vm, name string) {
 		if got.Operation.State != "OPERATION_STATE_SUCCEEDED" {
 			return errors.New(got.Operation.State)
 		}
-		if got.Operation.SnapshotID == "" || len(got.Operation.Steps) != 7 {
+		if got.Operation.SnapshotID == "" || len(got.Operation.Steps) != 8 {
 			h.t.Errorf("operation %+v", got)
 		}
 		return nil
@@ -248,7 +248,7 @@ func (h *host) passesPromtool() {
 // windows waits for the freeze windows to be counted.
 func (h *host) windows(n int) {
 	h.t.Helper()
-	h.eventually(5*time.Second, "the freeze windows are counted", func() error {
+	h.eventually(eventLimit, "the freeze windows are counted", func() error {
 		if m := h.scrape(); !strings.Contains(m, fmt.Sprintf("\nvmsnap_freeze_window_seconds_count %d\n", n)) ||
 			!strings.Contains(m, `vmsnap_operations_total{kind="snapshot",result="succeeded"} 2`) ||
 			!strings.Contains(m, `vmsnap_operations_total{kind="freeze",result="succeeded"} 1`) {
@@ -387,7 +387,7 @@ func (h *host) logIsJSON(g *testvm.Guest) {
 	var snapshots int
 	for id, got := range steps {
 		switch strings.Join(got, " ") {
-		case "preflight overlays freeze cut thaw settle commit":
+		case "preflight guard overlays freeze cut thaw settle commit":
 			snapshots++
 			if d := strings.Join(disks[id], " "); d != "root data" {
 				h.t.Errorf("snapshot %s: the log tells of the disks %q", id, d)

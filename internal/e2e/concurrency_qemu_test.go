@@ -127,7 +127,7 @@ func TestQEMUAHungVMDelaysNoOther(t *testing.T) {
 		}
 		hung.signal(syscall.SIGCONT)
 		h.await(hung.name, "paused")
-		h.eventually(60*time.Second, "the snapshot is taken back", h.idle)
+		h.eventually(eventLimit, "the snapshot is taken back", h.idle)
 		h.fails(4, "", "snapshot", "show", hung.name+"/x")
 		hung.holds(1, "after it continues")
 		h.noOrphans(hung, "after it continues")
@@ -191,7 +191,7 @@ func TestQEMUTheDaemonDoesNotGrow(t *testing.T) {
 		}
 		b.Close()
 		var now size
-		b.eventually(20*time.Second, "the daemon is as it was", func() error {
+		b.eventually(eventLimit, "the daemon is as it was", func() error {
 			now = b.size()
 			if now.goroutines > base.goroutines+2 || now.files > base.files+1 || now.threads > base.threads+8 {
 				return fmt.Errorf("%+v, at first %+v", now, base)

@@ -91,7 +91,7 @@ func TestQEMUTheAnswerIsLost(t *testing.T) {
 				}
 				g.release(c.how)
 				if c.stopped {
-					b.eventually(20*time.Second, "the answer is lost", func() error {
+					b.eventually(eventLimit, "the answer is lost", func() error {
 						if !strings.Contains(b.log.String(), "outcome is unknown") {
 							return fmt.Errorf("not yet")
 						}

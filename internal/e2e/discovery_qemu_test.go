@@ -186,10 +186,10 @@ func TestQEMUDuplicateIdentity(t *testing.T) {
 		two.command = append(two.command, two.disk(q, "root")...)
 		h := hostOf(t, nil, one)
 		one.start()
-		h.sees(5*time.Second, one.name, inState(paused))
+		h.sees(eventLimit, one.name, inState(paused))
 		h.must("snapshot", "create", one.name, "before", "--quiesce", "none")
 		two.start()
-		h.eventually(5*time.Second, "both are listed", func() error {
+		h.eventually(eventLimit, "both are listed", func() error {
 			found, err := h.shown(one.name)
 			if err != nil || len(found) != 2 {
 				return fmt.Errorf("%d are listed, %w", len(found), err)
@@ -228,7 +228,7 @@ func TestQEMUInAnotherMountNamespace(t *testing.T) {
 		m.command = append([]string{"unshare", "-m", "sh", "-c", setup, "sh"}, m.command...)
 		h := hostOf(t, nil, m)
 		m.start()
-		vm := h.sees(5*time.Second, m.name, inState(paused))
+		vm := h.sees(eventLimit, m.name, inState(paused))
 		if err := hasProblem("other-mount-namespace")(vm); err != nil {
 			t.Error(err)
 		}
@@ -240,7 +240,7 @@ func TestQEMUInAnotherMountNamespace(t *testing.T) {
 			t.Errorf("on the host's side appeared %v, %v", entries, err)
 		}
 		inside := fmt.Sprintf("/proc/%d/root", m.cmd.Process.Pid)
-		vm = h.sees(5*time.Second, m.name, func(vm *vmsnapv1.VM) error {
+		vm = h.sees(eventLimit, m.name, func(vm *vmsnapv1.VM) error {
 			if len(vm.GetDisks()) != 1 || len(vm.GetDisks()[0].GetLayers()) != 2 {
 				return fmt.Errorf("disks %v", vm.GetDisks())
 			}
@@ -281,7 +281,7 @@ func TestQEMUOverrides(t *testing.T) {
 		ignored.hold("q1")
 		h.start()
 		t.Cleanup(h.end)
-		vm := h.sees(5*time.Second, "called-"+q.Name, inState(paused))
+		vm := h.sees(eventLimit, "called-"+q.Name, inState(paused))
 		if vm.GetUuid() != m.uuid || vm.GetProcess().GetQmpSocket() != m.dir+"/q2" || vm.GetGuestAgent().GetSocket() != m.dir+"/ga" {
 			t.Errorf("shown as %v", vm)
 		}
@@ -297,14 +297,14 @@ func TestQEMUKeepsItsIdentity(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		vm := newStill(t, q, "first-"+q.Name, "root.qcow2")
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
-		id := h.await(vm.name, "paused")["id"]
+		id := h.await(vm.name, "paused").GetId()
 		h.must("snapshot", "create", vm.name, "s", "--quiesce", "none")
 		vm.kill()
 		vm.start()
 		h.await(vm.name, "paused")
 		again := h.await(vm.name, "paused")
-		if again["id"] != id || again["snapshots"] != 1.0 {
-			t.Errorf("started again it is %v with %v snapshots, was %v", again["id"], again["snapshots"], id)
+		if again.GetId() != id || again.GetSnapshots() != 1 {
+			t.Errorf("started again it is %v with %v snapshots, was %v", again.GetId(), again.GetSnapshots(), id)
 		}
 		vm.kill()
 		for i, a := range vm.args {
@@ -316,8 +316,8 @@ func TestQEMUKeepsItsIdentity(t *testing.T) {
 		vm.name = "second-" + q.Name
 		vm.start()
 		renamed := h.await(vm.name, "paused")
-		if renamed["id"] != id || renamed["snapshots"] != 1.0 {
-			t.Errorf("renamed it is %v with %v snapshots, was %v", renamed["id"], renamed["snapshots"], id)
+		if renamed.GetId() != id || renamed.GetSnapshots() != 1 {
+			t.Errorf("renamed it is %v with %v snapshots, was %v", renamed.GetId(), renamed.GetSnapshots(), id)
 		}
 		if s := h.snapshot(vm.name + "/s"); s.Name != "s" || len(s.Disks) != 1 {
 			t.Errorf("snapshot %+v", s)

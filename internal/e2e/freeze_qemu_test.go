@@ -93,7 +93,7 @@ func (g *watched) shown() (f *standing, operation string) {
 // ended verifies how an operation ended.
 func (g *watched) ended(id, state, words string) {
 	g.t.Helper()
-	g.eventually(10*time.Second, "operation "+id+" has ended", func() error {
+	g.eventually(eventLimit, "operation "+id+" has ended", func() error {
 		if o := g.object("operation", "show", id); o["state"] == "running" || o["state"] == "cancelling" || o["state"] == "reverting" {
 			return fmt.Errorf("it is %v", o["state"])
 		}
@@ -165,7 +165,7 @@ func (g *watched) leases() []freeze.Lease {
 func (g *watched) thawed(when string) {
 	g.t.Helper()
 	g.writesBy(when)
-	g.eventually(20*time.Second, when+": the freeze is over", func() error {
+	g.eventually(eventLimit, when+": the freeze is over", func() error {
 		if f, operation := g.shown(); f != nil || operation != "" {
 			return fmt.Errorf("%+v, operation %q", f, operation)
 		}
@@ -460,7 +460,7 @@ func TestQEMUFreezeOfAGuestThatDoesNotAnswer(t *testing.T) {
 // unresolved waits until the guest is shown as one that may be frozen.
 func (g *watched) unresolved(when string) {
 	g.t.Helper()
-	g.eventually(15*time.Second, when+": unresolved", func() error {
+	g.eventually(eventLimit, when+": unresolved", func() error {
 		if f, _ := g.shown(); f == nil || !f.Unresolved {
 			return fmt.Errorf("freeze %+v", f)
 		}
@@ -538,7 +538,7 @@ func (g *watched) callerGone(signal os.Signal) {
 		g.t.Fatal(err)
 	}
 	id := g.operation(g.Name)
-	g.eventually(20*time.Second, "the guest is about to freeze", func() error {
+	g.eventually(eventLimit, "the guest is about to freeze", func() error {
 		_, err := g.Exec(g.ctx(), "test -e /run/hanging")
 		return err
 	})

@@ -6,7 +6,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -88,7 +87,7 @@ func (b *booted) taken(name, consistency, when string) {
 // not make sure of the thaw at once goes on by itself.
 func (b *booted) released() {
 	b.t.Helper()
-	b.eventually(60*time.Second, "the guest is thawed", func() error {
+	b.eventually(eventLimit, "the guest is thawed", func() error {
 		if left := append(b.guards(), leases(b.t, b.host)...); len(left) > 0 {
 			return fmt.Errorf("%v", left)
 		}
@@ -229,7 +228,7 @@ func (b *booted) stopFrozen() {
 		b.t.Fatal(err)
 	}
 	g.release(disconnect)
-	b.eventually(20*time.Second, "the answer is lost", func() error {
+	b.eventually(eventLimit, "the answer is lost", func() error {
 		if !strings.Contains(b.log.String(), "outcome is unknown; asking QEMU: operation="+id) {
 			return fmt.Errorf("not yet")
 		}

@@ -52,27 +52,3 @@ func TestQEMUEveryKindOfDisk(t *testing.T) {
 		thawed(t, g)
 	})
 }
-
-// TestQEMUTenRounds snapshots, writes and kills ten times over, and then
-// verifies every layer.
-func TestQEMUTenRounds(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
-		vm := newStill(t, q, "rounds-"+q.Name, "root.qcow2", "data.qcow2")
-		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
-		for round := 1; round <= 10; round++ {
-			h.await(vm.name, "paused")
-			vm.write(2 * round)
-			h.must("snapshot", "create", vm.name, fmt.Sprint("s", round), "--quiesce", "none")
-			vm.write(2*round + 1)
-			vm.kill()
-			vm.start()
-			vm.holds(2*round+1, fmt.Sprint("round ", round))
-		}
-		vm.check("after ten rounds")
-		for round := 1; round <= 10; round++ {
-			for _, d := range h.snapshot(fmt.Sprintf("%s/s%d", vm.name, round)).Disks {
-				vm.imageHolds(d, 2*round, fmt.Sprint("the snapshot of round ", round))
-			}
-		}
-	})
-}

@@ -219,7 +219,7 @@ func TestQEMUMemoryInterrupted(t *testing.T) {
 			if n := len(saves(t, g)); n != whole {
 				t.Fatalf("%s: %d memory files of %d snapshots: %v\n%s", when, n, whole, saves(t, g), h.log)
 			}
-			h.eventually(10*time.Second, when+": the layers", func() error {
+			h.eventually(eventLimit, when+": the layers", func() error {
 				if n := h.layers(g.Name); len(n) != 2 || n[0] != whole+1 || n[1] != whole+1 {
 					return fmt.Errorf("%v layers, %d snapshots", n, whole)
 				}

@@ -23,7 +23,7 @@ func TestQEMUMigratedVMIsLeftAlone(t *testing.T) {
 		if err := vm.own.Execute(ctx, "migrate", map[string]any{"uri": "exec:cat >/dev/null"}, nil); err != nil {
 			t.Fatal(err)
 		}
-		h.eventually(20*time.Second, "the VM has migrated", func() error {
+		h.eventually(eventLimit, "the VM has migrated", func() error {
 			return h.shows(vm.name, "run_state", "postmigrate")
 		})
 		before := files(t, vm.dir)

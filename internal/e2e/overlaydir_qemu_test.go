@@ -9,7 +9,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -168,22 +167,8 @@ func TestQEMUAnEarlyStartAcrossFileSystems(t *testing.T) {
 func TestQEMUDaemonKilledAcrossFileSystems(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		vm, h, _ := overlays(t, q, "acrosskill-"+q.Name, "root.qcow2")
-		round, killed := 0, map[string]int{}
-		for _, call := range append([]string{"symlinkat"}, effects...) {
-			for n := 1; ; n++ {
-				round++
-				if !h.killRound(vm, call, n, round) {
-					break
-				}
-				killed[call]++
-			}
-		}
-		t.Logf("killed at %v", killed)
-		for _, call := range []string{"symlinkat", "renameat", "fsync", "ioctl"} {
-			if killed[call] == 0 {
-				t.Errorf("the daemon was never killed at %s: the tracer does not see it", call)
-			}
-		}
+		calls := append([]string{"symlinkat"}, effects...)
+		h.killedAtEach(q, calls, nil, func(p killPoint, round int) bool { return h.killRound(vm, p, round) }, "symlinkat", "renameat", "fsync", "ioctl")
 	})
 }
 
@@ -191,7 +176,7 @@ func TestQEMUDaemonKilledAcrossFileSystems(t *testing.T) {
 func TestQEMUDaemonKilledInAConversionAcross(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		vm, h, _ := overlays(t, q, "acrossconvert-"+q.Name, "root.raw")
-		h.killedInConversions(vm, append([]string{"symlinkat"}, effects...), "symlinkat", "renameat", "fsync", "unlinkat")
+		h.killedInConversions(vm, append([]string{"symlinkat"}, effects...), nil, "symlinkat", "renameat", "fsync", "unlinkat")
 	})
 }
 
@@ -212,7 +197,7 @@ func TestQEMURecoveryWaitsForAFileSystem(t *testing.T) {
 		sh(t, "mount", "--bind", vm.dir, dir) // something else stands there
 		h.start()
 		id := h.operation(vm.name)
-		h.eventually(20*time.Second, "it waits", func() error {
+		h.eventually(eventLimit, "it waits", func() error {
 			if out := h.must("operation", "show", id); !strings.Contains(out, "recovery-waits") || !strings.Contains(out, "another one than it was") {
 				return errors.New(out)
 			}
@@ -220,7 +205,7 @@ func TestQEMURecoveryWaitsForAFileSystem(t *testing.T) {
 		})
 		h.fails(11, "busy", "snapshot", "create", vm.name, "y", "--quiesce", "none")
 		sh(t, "umount", dir)
-		h.eventually(20*time.Second, "it is taken back", h.idle)
+		h.eventually(eventLimit, "it is taken back", h.idle)
 		h.unchanged(vm, "x", before, "mounted again")
 		if left := listing(t, dir); len(left) != 0 {
 			t.Errorf("%v is left", left)
@@ -253,7 +238,7 @@ func TestQEMUWithoutHardLinks(t *testing.T) {
 			})
 			h.signal(syscall.SIGKILL)
 			h.start()
-			h.eventually(20*time.Second, "it is taken back", h.idle)
+			h.eventually(eventLimit, "it is taken back", h.idle)
 			if after := listing(t, vm.dir); fmt.Sprint(after) != fmt.Sprint(before) {
 				t.Errorf("taken back at %s:\n%v\nand before:\n%v", call, after, before)
 			}

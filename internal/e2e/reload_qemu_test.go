@@ -20,14 +20,14 @@ func TestQEMUReload(t *testing.T) {
 	q := versions[0]
 	first, second := newStill(t, q, "reload-a", "root.qcow2"), newStill(t, q, "reload-b", "root.qcow2")
 	h := newHostOf(t, map[string]string{first.name: first.uuid})
-	h.sees(20*time.Second, first.name, inState(paused))
+	h.sees(eventLimit, first.name, inState(paused))
 	h.fails(4, "", "vm", "show", second.name)
 
 	reload := func(words string) {
 		t.Helper()
 		before := strings.Count(h.log.String(), words)
 		h.signal(syscall.SIGHUP)
-		h.eventually(20*time.Second, "it says "+words, func() error {
+		h.eventually(eventLimit, "it says "+words, func() error {
 			if strings.Count(h.log.String(), words) == before {
 				return fmt.Errorf("it does not say it")
 			}
@@ -36,7 +36,7 @@ func TestQEMUReload(t *testing.T) {
 	}
 	h.list(second.name, second.uuid)
 	reload("reloaded")
-	h.sees(20*time.Second, second.name, inState(paused))
+	h.sees(eventLimit, second.name, inState(paused))
 	h.sees(time.Second, first.name, inState(paused))
 
 	if err := os.WriteFile(h.path("vms.d/broken.yaml"), []byte("nam: x\n"), 0o644); err != nil {
@@ -54,7 +54,7 @@ func TestQEMUReload(t *testing.T) {
 	// Nothing was cut off, and nothing runs twice.
 	h.must("snapshot", "create", second.name, "--quiesce", "none")
 	second.kill()
-	h.sees(20*time.Second, second.name, inState(stopped))
+	h.sees(eventLimit, second.name, inState(stopped))
 	second.start()
-	h.sees(20*time.Second, "renamed", inState(paused))
+	h.sees(eventLimit, "renamed", inState(paused))
 }

@@ -80,14 +80,14 @@ func TestQEMUSchedule(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		vm := newStill(t, q, "timed", "root.qcow2")
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
-		h.sees(20*time.Second, vm.name, inState(paused))
+		h.sees(eventLimit, vm.name, inState(paused))
 		watcher := h.watchAll()
 
 		// As often as a schedule can run: each minute, and so within one.
 		h.must("schedule", "create", vm.name, "--name", "each", "--cron", "* * * * *", "--quiesce", "none", "--name-template", "each-{{.Time}}")
 		at := time.Now().Add(2 * time.Second).UTC().Truncate(time.Second)
 		h.must("schedule", "create", vm.name, "--name", "once", "--once", at.Format(time.RFC3339), "--quiesce", "none", "--name-template", "only")
-		h.eventually(30*time.Second, "the one that runs once has run", func() error { return h.has(vm.name, "only") })
+		h.eventually(eventLimit, "the one that runs once has run", func() error { return h.has(vm.name, "only") })
 		if out := h.must("snapshot", "list", vm.name, "--taken"); !strings.Contains(out, "only") || !strings.Contains(out, "succeeded") {
 			t.Errorf("taken:\n%s", out)
 		}
@@ -97,11 +97,11 @@ func TestQEMUSchedule(t *testing.T) {
 		h.signal(syscall.SIGKILL)
 		<-time.After(time.Until(late.Add(time.Second)))
 		h.start()
-		h.eventually(30*time.Second, "the one that was missed has run", func() error { return h.has(vm.name, "caught") })
+		h.eventually(eventLimit, "the one that was missed has run", func() error { return h.has(vm.name, "caught") })
 		h.eventually(90*time.Second, "the one of each minute has run", func() error { return h.has(vm.name, "each-") })
 		h.must("schedule", "pause", "each")
 		h.must("snapshot", "rename", vm.name+"/only", "renamed")
-		h.eventually(20*time.Second, "the watcher has seen it all", func() error {
+		h.eventually(eventLimit, "the watcher has seen it all", func() error {
 			if n := len(watcher.of("snapshot-renamed", vm.name)); n != 1 {
 				return fmt.Errorf("%d snapshots were renamed", n)
 			}

@@ -1,16 +1,12 @@
 package e2e
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
 )
@@ -66,6 +62,11 @@ func TestQEMUCoveredLayersNeverChange(t *testing.T) {
 			t.Errorf("%d layers were covered", len(covered))
 		}
 		covered.verify(t, q)
+		for round := 1; round <= 10; round++ {
+			for _, d := range h.snapshot(fmt.Sprintf("%s/s%d", vm.name, round)).Disks {
+				vm.imageHolds(d, 2*round, fmt.Sprint("the snapshot of round ", round))
+			}
+		}
 		vm.check("in the end")
 		for id, d := range h.disksOf(vm.name) {
 			if len(d.Layers) != 11 {
@@ -116,19 +117,13 @@ func TestQEMUARestartedGuestIsTheNewest(t *testing.T) {
 // runs, or the daemon does not answer.
 func (h *host) unsettled(vm string) error {
 	h.t.Helper()
-	var shown struct {
-		Disks []diskShown `json:"disks"`
-	}
-	r := h.run("vm", "show", vm, "-o", "json")
-	if r.code != 0 {
-		return errors.New(r.stderr)
-	}
-	if err := json.Unmarshal([]byte(r.stdout), &shown); err != nil {
+	shown, err := h.vm(vm)
+	if err != nil {
 		return err
 	}
-	for _, d := range shown.Disks {
-		if d.SettleNeeded {
-			return fmt.Errorf("disk %s is not settled", d.Device)
+	for _, d := range shown.GetDisks() {
+		if d.GetSettleNeeded() {
+			return fmt.Errorf("disk %s is not settled", d.GetDevice())
 		}
 	}
 	return h.idle()
@@ -137,7 +132,7 @@ func (h *host) unsettled(vm string) error {
 // settledRaw waits until the disks that are launched as raw can be started.
 func (h *host) settledRaw(vm *still, when string) {
 	h.t.Helper()
-	h.eventually(20*time.Second, when+": the disks are settled", func() error { return h.unsettled(vm.name) })
+	h.eventually(eventLimit, when+": the disks are settled", func() error { return h.unsettled(vm.name) })
 }
 
 // tooEarly starts a VM whose disks may not be settled yet: it fails, or comes up
@@ -244,40 +239,29 @@ func TestQEMUDaemonKilledInAConversion(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		vm := newStill(t, q, "convert-"+q.Name, "root.raw")
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
-		h.killedInConversions(vm, effects, "linkat", "renameat", "fsync", "ioctl", "unlinkat")
+		h.killedInConversions(vm, effects, nil, "linkat", "renameat", "fsync", "ioctl", "unlinkat")
 	})
 }
 
 // killedInConversions kills the daemon at each of some system calls, of which
 // those that it must make are given by name.
-func (h *host) killedInConversions(vm *still, calls []string, must ...string) {
+func (h *host) killedInConversions(vm *still, calls, files []string, must ...string) {
 	h.t.Helper()
-	round, killed, early := 0, map[string]int{}, 0
-	for _, call := range calls {
-		for n := 1; ; n++ {
-			round++
-			died, came := h.convertRound(vm, round, call, n)
-			if came {
-				early++
-			}
-			if !died {
-				break
-			}
-			killed[call]++
+	early := 0
+	h.killedAtEach(vm.q, calls, files, func(p killPoint, round int) bool {
+		killed, came := h.convertRound(vm, p, round)
+		if came {
+			early++
 		}
-	}
-	h.t.Logf("killed at %v in %d rounds; %d early starts came up", killed, round, early)
-	for _, call := range must {
-		if killed[call] == 0 {
-			h.t.Errorf("the daemon was never killed at %s: the tracer does not see it", call)
-		}
-	}
+		return killed
+	}, must...)
+	h.t.Logf("%d early starts came up", early)
 }
 
 // convertRound is one conversion under the tracer.
-func (h *host) convertRound(vm *still, round int, call string, n int, files ...string) (killed, came bool) {
+func (h *host) convertRound(vm *still, p killPoint, round int) (killed, came bool) {
 	h.t.Helper()
-	when, name := fmt.Sprintf("killed at %s %d", call, n), fmt.Sprint("s", round)
+	when, name := p.String(), fmt.Sprint("s", round)
 	atCut := round*2%250 + 1
 	newest := atCut + 1
 	h.await(vm.name, "paused")
@@ -286,7 +270,7 @@ func (h *host) convertRound(vm *still, round int, call string, n int, files ...s
 	covered := ledger{}
 	covered.cover(h.t, h.snapshot(vm.name+"/"+name))
 	vm.write(newest)
-	tracer := h.killAt(call, n, files...)
+	tracer := h.killAt(p)
 	vm.kill()
 	killed = h.diedOr(tracer, func() error { return h.unsettled(vm.name) })
 	if came = vm.tooEarly(newest, when); came {
@@ -311,24 +295,4 @@ func (h *host) convertRound(vm *still, round int, call string, n int, files ...s
 		h.t.FailNow()
 	}
 	return killed, came
-}
-
-// diedOr waits until the daemon was killed or has done its work, and says which.
-// It takes the tracer off.
-func (h *host) diedOr(tracer *exec.Cmd, done func() error) (killed bool) {
-	h.t.Helper()
-	defer func() {
-		_ = tracer.Process.Signal(syscall.SIGINT)
-		_ = tracer.Wait()
-	}()
-	h.eventually(30*time.Second, "the daemon is killed, or has done its work", func() error {
-		select {
-		case <-h.exited:
-			killed = true
-			return nil
-		default:
-		}
-		return done()
-	})
-	return killed
 }

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
 	"github.com/vmsnap/vmsnap/monitor"
@@ -120,14 +119,9 @@ func (h *host) stopAtCall(call string, during func()) (resume func()) {
 	if err := tracer.Start(); err != nil {
 		h.t.Fatal(err)
 	}
-	h.eventually(10*time.Second, "the tracer is attached", func() error {
-		if strings.Contains(h.status(), "TracerPid:\t0\n") {
-			return errors.New("not traced")
-		}
-		return nil
-	})
+	h.traced()
 	during()
-	h.eventually(20*time.Second, "the daemon stands at "+call, func() error {
+	h.eventually(eventLimit, "the daemon stands at "+call, func() error {
 		b, err := os.ReadFile(log)
 		if err == nil && !strings.Contains(string(b), "stopped by SIGSTOP") {
 			err = errors.New("it goes on")
@@ -293,7 +287,7 @@ func TestQEMUALaunchPathOfAnotherInAConversion(t *testing.T) {
 		}
 		sh(t, "chattr", "+i", base)
 		h.signal(syscall.SIGCONT)
-		h.eventually(20*time.Second, "the conversion is refused", func() error {
+		h.eventually(eventLimit, "the conversion is refused", func() error {
 			if out := h.must("operation", "list", "-o", "json"); !strings.Contains(out, "leads to another file") {
 				return errors.New(out)
 			}

@@ -11,10 +11,16 @@ import (
 	"github.com/vmsnap/vmsnap/internal/testvm"
 )
 
+// quickRounds is what the tests of every change can afford.
+const quickRounds = 4
+
 var (
-	tortureRounds = flag.Int("torture.rounds", 8, "how often the torture test kills on each QEMU")
+	tortureRounds = flag.Int("torture.rounds", quickRounds, "how often the torture tests kill on each QEMU; with more than the default, every loop over steps makes all its rounds")
 	tortureSeed   = flag.Uint64("torture.seed", 0, "seed of the torture test; 0 takes one from the clock")
 )
+
+// thorough is whether loops make all their rounds.
+func thorough() bool { return *tortureRounds > quickRounds }
 
 // TestQEMUTorture kills the daemon, QEMU or both at random moments of a
 // snapshot, starts them again in random order, and expects the newest content

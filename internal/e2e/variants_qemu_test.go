@@ -268,7 +268,7 @@ func (h *host) partOfTheZoo(g *testvm.Guest) {
 func (h *host) zooStartsAgain(g *testvm.Guest) {
 	h.t.Helper()
 	g.Kill()
-	h.eventually(30*time.Second, "the disk that is launched as raw is settled", func() error {
+	h.eventually(eventLimit, "the disk that is launched as raw is settled", func() error {
 		if h.disksOf(g.Name)["declared"].SettleNeeded {
 			return errors.New("it is not")
 		}

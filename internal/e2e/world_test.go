@@ -209,7 +209,7 @@ func (c *creation) end() result {
 func (h *host) operation(vm string) string {
 	h.t.Helper()
 	var id string
-	h.eventually(20*time.Second, "an operation runs on "+vm, func() error {
+	h.eventually(eventLimit, "an operation runs on "+vm, func() error {
 		res, err := h.Operations().ListOperations(h.ctx(), connect.NewRequest(&vmsnapv1.ListOperationsRequest{Vm: vm, Active: true}))
 		if err != nil {
 			return err

@@ -136,6 +136,7 @@ func (a *Agent) run(ctx context.Context, ready func()) error {
 			a.recover(ctx)
 			a.news.tell(event.Event{Kind: event.AgentStarted, Severity: event.Info, Message: "vmsnapd serves requests"})
 			a.group.Go(func() { a.followSchedules(ctx) })
+			a.group.Go(func() { a.followSpace(ctx) })
 			ready()
 		})
 	})

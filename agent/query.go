@@ -55,6 +55,7 @@ func (a *Agent) VM(ctx context.Context, ref string) (VMView, error) {
 	if err != nil {
 		return VMView{}, err
 	}
+	a.space(ctx, v)
 	ctx, cancel := context.WithTimeout(ctx, statPatience)
 	defer cancel()
 	return a.views(ctx, v)[0], nil
@@ -76,6 +77,10 @@ func (a *Agent) views(ctx context.Context, v *vm) []VMView {
 	disks := v.disks
 	v.mu.Unlock()
 	base.Operation, _ = a.ops.Running(base.ID)
+	if s := v.space.reading(); s != nil {
+		space := s.vm
+		base.Space = &space
+	}
 	if len(runs) == 0 {
 		base.Disks = stoppedDisks(disks, layers)
 		v.lookAtLayers(ctx, "", base.Disks, layers)
@@ -201,6 +206,7 @@ func (a *Agent) Snapshots(ctx context.Context, f SnapshotFilter) ([]SnapshotView
 			return nil, err
 		}
 		vmID = v.id
+		a.space(ctx, v)
 	}
 	all, err := a.catalog.Snapshots(ctx, vmID)
 	if err != nil {
@@ -259,7 +265,13 @@ func (v *vm) lookAtSnapshots(ctx context.Context, views []*SnapshotView) {
 		}
 	}
 	stats := v.stats.look(ctx, paths)
+	reading := v.space.reading()
 	for _, view := range views {
+		if reading != nil {
+			if space, known := reading.snapshots[view.ID]; known {
+				view.Space = &space
+			}
+		}
 		for id, l := range view.Layers {
 			l.Allocated = stats[l.Path].allocated
 			view.Layers[id] = l
@@ -276,6 +288,12 @@ func (a *Agent) Snapshot(ctx context.Context, ref string) (SnapshotView, error) 
 	s, err := a.findSnapshot(ctx, ref)
 	if err != nil {
 		return SnapshotView{}, err
+	}
+	a.mu.RLock()
+	v := a.vms[s.VMID]
+	a.mu.RUnlock()
+	if v != nil {
+		a.space(ctx, v)
 	}
 	return a.snapshotView(ctx, s), nil
 }

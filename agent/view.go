@@ -32,6 +32,7 @@ type VMView struct {
 	Freeze              *FreezeView
 	FirstSeen, LastSeen time.Time
 	Snapshots           int
+	Space               *VMSpace // nil until it has been measured
 }
 
 // ProcessView is the QEMU process of a VM.
@@ -230,4 +231,5 @@ type OperationFilter struct {
 type SnapshotView struct {
 	catalog.Snapshot
 	Layers map[string]LayerView // by layer id
+	Space  *SnapshotSpace       // nil until it has been measured, and when it cannot be
 }

@@ -29,6 +29,7 @@ type vm struct {
 	stray  map[string]bool // disks that were seen to run on a covered layer, by id
 
 	stats fileStats
+	space spaceMeter
 
 	// changing is held for writing while layers are made or moved, so that
 	// nobody takes a half-finished change for the state of the disks.
@@ -154,6 +155,7 @@ func (a *Agent) reload(ctx context.Context, v *vm) error {
 	v.mu.Lock()
 	v.disks, v.layers, v.counts = disks, layers, len(snapshots)
 	v.mu.Unlock()
+	v.space.outdate()
 	return nil
 }
 

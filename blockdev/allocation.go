@@ -262,7 +262,7 @@ func missing(from, into iter.Seq2[run, error]) (uint64, error) {
 				if got, err, more = next(); err != nil {
 					return 0, err
 				} else if !more {
-					got = run{start: 1 << 63, length: 1} // behind every disk's end
+					got = run{start: behind, length: 1}
 				}
 			}
 			if got.start > at {

@@ -293,7 +293,7 @@ func TestFindings(t *testing.T) {
 type oneVM struct{}
 
 func (oneVM) VMs(context.Context) ([]agent.VMView, agent.Discovery) {
-	return []agent.VMView{{ID: "1", Name: "web", State: agent.Running, Freeze: &agent.FreezeView{}}}, agent.Discovery{}
+	return []agent.VMView{{ID: "1", Name: "web", State: agent.Running, Freeze: &agent.FreezeView{}, Space: &agent.VMSpace{}}}, agent.Discovery{}
 }
 
 func (oneVM) Operations(context.Context, agent.OperationFilter) ([]op.Record, error) {

@@ -44,7 +44,7 @@ func busyHost() host {
 	held := &agent.FreezeView{Frozen: 2, Total: 2}
 	return host{
 		vms: []agent.VMView{
-			{ID: "1", Name: "web", State: agent.Running, Freeze: held},
+			{ID: "1", Name: "web", State: agent.Running, Freeze: held, Space: &agent.VMSpace{Layers: 4096, Foreign: 512, Memory: 1024, Reclaimable: 2048}},
 			{ID: "2", Name: "db", State: agent.Running, Freeze: &agent.FreezeView{Unresolved: true}},
 			// Two processes of one identity are one guest in two views.
 			{ID: "3", Name: "twin", State: agent.Running, Freeze: held},
@@ -52,7 +52,7 @@ func busyHost() host {
 			// Another VM may have the same name, and any bytes in it.
 			{ID: "4", Name: "web", State: agent.Paused, Freeze: held},
 			{ID: "5", Name: "odd\xff\"\n", State: agent.Paused, Freeze: held},
-			{ID: "6", Name: "off", State: agent.Stopped},
+			{ID: "6", Name: "off", State: agent.Stopped, Space: &agent.VMSpace{Layers: 1, Incomplete: true}},
 		},
 		discovery: agent.Discovery{Source: "scan", Reason: "no netlink"},
 		operations: func(context.Context) ([]op.Record, error) {

@@ -69,6 +69,7 @@ func (r *reader) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		descVMs, descGuestsFrozen, descGuestFrozen, descUnresolved, descFallback, descRunning,
 		descBytes, descBytesTotal, descRate, descSuccess,
+		descLayerBytes, descForeignBytes, descMemoryBytes, descReclaimableBytes,
 	} {
 		out <- d
 	}
@@ -152,7 +153,7 @@ func readVMs(ctx context.Context, source Source) ([]prometheus.Metric, error) {
 	for name := range names {
 		out = append(out, gauge(descGuestFrozen, 1, name))
 	}
-	return out, nil
+	return append(out, spaceOf(vms)...), nil
 }
 
 // maxRunning bounds the operations that are counted; there is one for each VM.

@@ -253,6 +253,20 @@ func TestLayerByInodePrefersOwnLayers(t *testing.T) {
 	same(t, "layer", got.ID, own.ID)
 }
 
+func TestDependantsAreThoseOfOtherVMs(t *testing.T) {
+	ctx, c := t.Context(), openTest(t, t.TempDir())
+	web, _ := seed(t, c, "web")
+	clone, disk := seed(t, c, "clone")
+	linked := layer(disk, "linked", "web-1")
+	check(t, c.PutLayer(ctx, linked))
+	got, err := c.Dependants(ctx, web.ID)
+	check(t, err)
+	same(t, "on the layers of web", got, []Layer{linked})
+	got, err = c.Dependants(ctx, clone.ID)
+	check(t, err)
+	same(t, "on the layers of its clone", got, []Layer(nil))
+}
+
 func TestDeleteLayerNamesItsDependants(t *testing.T) {
 	ctx, c := t.Context(), openTest(t, t.TempDir())
 	vm, disk := seed(t, c, "web")

@@ -64,6 +64,12 @@ func (r reader) Layers(ctx context.Context, vmID string) ([]Layer, error) {
 	return query(ctx, r, scanLayer, selectLayer+" JOIN disks d ON d.id = l.disk WHERE d.vm = ? ORDER BY l.created, l.id", vmID)
 }
 
+// Dependants returns the layers of other VMs that lie on a VM's layers.
+func (r reader) Dependants(ctx context.Context, vmID string) ([]Layer, error) {
+	return query(ctx, r, scanLayer, selectLayer+` JOIN disks d ON d.id = l.disk JOIN layers p ON p.id = l.parent
+		JOIN disks q ON q.id = p.disk WHERE q.vm = ?1 AND d.vm <> ?1 ORDER BY l.created, l.id`, vmID)
+}
+
 // LayerByInode returns the layer that is a file, or fault.NotFound. A base that
 // several disks share is a layer of each: one that is not foreign goes before
 // those that are, then the one made last. Inode numbers are used again: whether

@@ -199,6 +199,7 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		OperationId: text(s.Operation),
 		Partial:     s.Partial,
 		Memory:      memoryProto(s.Memory),
+		Space:       snapshotSpaceProto(s.Space),
 	}
 	if len(s.Labels) > 0 {
 		out.Labels = make(map[string]string, len(s.Labels))
@@ -219,4 +220,11 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		})
 	}
 	return out
+}
+
+func snapshotSpaceProto(s *agent.SnapshotSpace) *vmsnapv1.SnapshotSpace {
+	if s == nil {
+		return nil
+	}
+	return &vmsnapv1.SnapshotSpace{Exclusive: s.Exclusive, Shared: s.Shared, Memory: s.Memory, Measured: stamp(s.Measured)}
 }

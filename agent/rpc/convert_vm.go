@@ -39,6 +39,17 @@ func vmProto(v agent.VMView) *vmsnapv1.VM {
 		FirstSeen:   stamp(v.FirstSeen),
 		LastSeen:    stamp(v.LastSeen),
 		Snapshots:   uint32(v.Snapshots),
+		Space:       vmSpaceProto(v.Space),
+	}
+}
+
+func vmSpaceProto(s *agent.VMSpace) *vmsnapv1.VMSpace {
+	if s == nil {
+		return nil
+	}
+	return &vmsnapv1.VMSpace{
+		Layers: s.Layers, Foreign: s.Foreign, Memory: s.Memory, Reclaimable: s.Reclaimable, Incomplete: s.Incomplete,
+		Measured: stamp(s.Measured),
 	}
 }
 

@@ -73,6 +73,8 @@ func TestOutput(t *testing.T) {
 		"vm-list-hostile":       {line: "vm list -o wide", setup: oddVM},
 		"vm-list-empty":         {line: "snapshot list odd", setup: oddVM},
 		"snapshot-list-vm":      {line: "snapshot list web --sort name"},
+		"snapshot-list-space":   {line: "snapshot list --sort space -o name"},
+		"usage-sort":            {line: "snapshot list --sort size"},
 		"snapshot-list-label":   {line: "snapshot list --label team=infra --label keep=yes -o name"},
 		"snapshot-show-partial": {line: "snapshot show web/nightly"},
 		"operation-list-active": {line: "operation list --active"},

@@ -27,6 +27,7 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 		"Quiesce", quiesceText(s.GetQuiesce()),
 		"Memory", memoryText(s.GetMemory()),
 		"Memory file", s.GetMemory().GetPath(),
+		"Space", snapshotSpaceText(p, s.GetSpace()),
 		"Description", s.GetDescription(),
 		"Labels", labelsText(s.GetLabels()),
 		"Operation", s.GetOperationId(),
@@ -45,6 +46,13 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 	}
 	p.columns("  ", rows)
 	warningList(p, s.GetWarnings())
+}
+
+func snapshotSpaceText(p page, s *vmsnapv1.SnapshotSpace) string {
+	if s == nil {
+		return ""
+	}
+	return fmt.Sprintf("%s of its own, %s shared (measured %s)", size(s.GetExclusive()), size(s.GetShared()), p.ago(s.GetMeasured()))
 }
 
 // quiesceText says what was asked for and what came of it.

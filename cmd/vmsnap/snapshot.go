@@ -61,8 +61,8 @@ func (a *app) snapshotList() *cobra.Command {
 	runs.flags(a, cmd)
 	flags := cmd.Flags()
 	flags.StringArrayVar(&labels, "label", nil, "only those with this label, `key=value`; may be repeated")
-	flags.Var(&order, "sort", "how to sort: time (the newest first) or name")
-	must(cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions([]string{string(sortTime), string(sortName)}, cobra.ShellCompDirectiveNoFileComp)))
+	flags.Var(&order, "sort", "how to sort: time (the newest first), name or space (what gives back the most first)")
+	must(cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions([]string{string(sortTime), string(sortName), string(sortSpace)}, cobra.ShellCompDirectiveNoFileComp)))
 	return cmd
 }
 
@@ -70,14 +70,15 @@ func (a *app) snapshotList() *cobra.Command {
 type sortOrder string
 
 const (
-	sortTime sortOrder = "time"
-	sortName sortOrder = "name"
+	sortTime  sortOrder = "time"
+	sortName  sortOrder = "name"
+	sortSpace sortOrder = "space"
 )
 
 // Set takes an order's name.
 func (o *sortOrder) Set(s string) error {
-	if s != string(sortTime) && s != string(sortName) {
-		return fmt.Errorf("%q is neither %s nor %s", s, sortTime, sortName)
+	if !slices.Contains([]sortOrder{sortTime, sortName, sortSpace}, sortOrder(s)) {
+		return fmt.Errorf("%q is none of %s, %s, %s", s, sortTime, sortName, sortSpace)
 	}
 	*o = sortOrder(s)
 	return nil
@@ -91,9 +92,14 @@ func (o *sortOrder) Type() string { return "order" }
 
 // sort sorts snapshots that come with the newest first.
 func (o sortOrder) sort(snapshots []*vmsnapv1.Snapshot) {
-	if o == sortName {
+	switch o {
+	case sortName:
 		slices.SortStableFunc(snapshots, func(x, y *vmsnapv1.Snapshot) int {
 			return cmp.Or(cmp.Compare(x.GetVmName(), y.GetVmName()), cmp.Compare(x.GetName(), y.GetName()))
+		})
+	case sortSpace:
+		slices.SortStableFunc(snapshots, func(x, y *vmsnapv1.Snapshot) int {
+			return cmp.Compare(y.GetSpace().GetExclusive(), x.GetSpace().GetExclusive())
 		})
 	}
 }
@@ -106,14 +112,14 @@ func snapshotsResult(msg *vmsnapv1.ListSnapshotsResponse) result {
 	r.human = func(p page, wide bool) error {
 		header := []string{"SNAPSHOT", "CONSISTENCY", "DISKS", "TAKEN"}
 		if wide {
-			header = append(header, "ID", "FROZEN", "WINDOW", "MEMORY", "LABELS", "WARNINGS", "DESCRIPTION")
+			header = append(header, "ID", "FROZEN", "WINDOW", "MEMORY", "EXCLUSIVE", "SHARED", "LABELS", "WARNINGS", "DESCRIPTION")
 		}
 		rows := [][]string{header}
 		for _, s := range msg.GetSnapshots() {
 			row := []string{snapshotName(s), consistencyText(s), diskCount(s), p.ago(s.GetCreated())}
 			if wide {
 				row = append(row, s.GetId(), frozenCount(s.GetQuiesce()), windowText(s.GetQuiesce()), memorySize(s.GetMemory()),
-					labelsText(s.GetLabels()), warningCodes(s.GetWarnings()), s.GetDescription())
+					exclusiveSize(s.GetSpace()), sharedSize(s.GetSpace()), labelsText(s.GetLabels()), warningCodes(s.GetWarnings()), s.GetDescription())
 			}
 			rows = append(rows, row)
 		}
@@ -199,6 +205,21 @@ func memorySize(m *vmsnapv1.SnapshotMemory) string {
 		return ""
 	}
 	return size(m.GetSize())
+}
+
+// exclusiveSize is what deleting a snapshot gives back.
+func exclusiveSize(s *vmsnapv1.SnapshotSpace) string {
+	if s == nil {
+		return ""
+	}
+	return size(s.GetExclusive())
+}
+
+func sharedSize(s *vmsnapv1.SnapshotSpace) string {
+	if s == nil {
+		return ""
+	}
+	return size(s.GetShared())
 }
 
 func (a *app) snapshotVerify() *cobra.Command {

@@ -26,6 +26,7 @@ func vmDetail(p page, vm *vmsnapv1.VM) {
 		"QMP socket", vm.GetProcess().GetQmpSocket(),
 		"Unit", unitText(vm.GetProcess()),
 		"Snapshots", strconv.Itoa(int(vm.GetSnapshots())),
+		"Space", vmSpaceText(p, vm.GetSpace()),
 		"First seen", p.when(vm.GetFirstSeen()),
 		"Last seen", p.when(vm.GetLastSeen()),
 	)
@@ -40,6 +41,26 @@ func vmDetail(p page, vm *vmsnapv1.VM) {
 	for _, problem := range vm.GetProblems() {
 		p.advice(problem.GetCode()+": "+problem.GetMessage(), problem.GetHint())
 	}
+}
+
+// vmSpaceText says what a VM takes, and what of it is there for its snapshots.
+func vmSpaceText(p page, s *vmsnapv1.VMSpace) string {
+	if s == nil {
+		return ""
+	}
+	text := size(s.GetLayers()) + " in layers"
+	if s.GetForeign() > 0 {
+		text += ", " + size(s.GetForeign()) + " in foreign ones"
+	}
+	if s.GetMemory() > 0 {
+		text += ", " + size(s.GetMemory()) + " of memory"
+	}
+	if s.GetIncomplete() {
+		text += ", without files that cannot be read"
+	} else {
+		text += "; without snapshots " + size(s.GetReclaimable()) + " less"
+	}
+	return fmt.Sprintf("%s (measured %s)", text, p.ago(s.GetMeasured()))
 }
 
 func frozenText(p page, f *vmsnapv1.Freeze) string {

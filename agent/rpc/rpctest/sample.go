@@ -73,6 +73,7 @@ func sampleVMs() []agent.VMView {
 			},
 			Operation: "0badcafe",
 			FirstSeen: Now.Add(-240 * time.Hour), LastSeen: Now, Snapshots: 3,
+			Space: &agent.VMSpace{Layers: 45 * gib, Foreign: 2 * gib, Memory: 3 * gib, Reclaimable: 5 * gib, Measured: Now.Add(-2 * time.Minute)},
 		},
 		{
 			ID: "6a6b6c6d", Name: "datenbank-東京", State: agent.Stopped,
@@ -138,9 +139,13 @@ func sampleSnapshots() []agent.SnapshotView {
 		Consistency: catalog.Crash, Quiesce: catalog.Quiesce{Requested: "prefer", Reason: "the VM is stopped"},
 		Disks: []catalog.SnapshotDisk{{Device: "virtio0", LayerID: "55ee66ff", Size: 100 * gib}},
 	}
+	spaces := map[string]*agent.SnapshotSpace{
+		upgrade.Name: {Exclusive: 340 * mib, Shared: 8 * gib, Measured: Now},
+		live.Name:    {Exclusive: 3*gib + 12*mib, Shared: 7 * gib, Memory: 3 * gib, Measured: Now},
+	}
 	var out []agent.SnapshotView
 	for _, s := range []catalog.Snapshot{first, live, db, nightly, upgrade} {
-		out = append(out, agent.SnapshotView{Snapshot: s, Layers: layers})
+		out = append(out, agent.SnapshotView{Snapshot: s, Layers: layers, Space: spaces[s.Name]})
 	}
 	return out
 }

@@ -463,7 +463,7 @@ func (x GuestAgent_Presence) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use GuestAgent_Presence.Descriptor instead.
 func (GuestAgent_Presence) EnumDescriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{4, 0}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{5, 0}
 }
 
 // Error is how a call or an operation failed. It is attached to every failed
@@ -619,10 +619,12 @@ type VM struct {
 	// The operation that runs on it. Empty when none does.
 	OperationId string `protobuf:"bytes,10,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
 	// Absent when the guest is not frozen by vmsnap.
-	Freeze        *Freeze                `protobuf:"bytes,11,opt,name=freeze,proto3" json:"freeze,omitempty"`
-	FirstSeen     *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=first_seen,json=firstSeen,proto3" json:"first_seen,omitempty"`
-	LastSeen      *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
-	Snapshots     uint32                 `protobuf:"varint,14,opt,name=snapshots,proto3" json:"snapshots,omitempty"`
+	Freeze    *Freeze                `protobuf:"bytes,11,opt,name=freeze,proto3" json:"freeze,omitempty"`
+	FirstSeen *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=first_seen,json=firstSeen,proto3" json:"first_seen,omitempty"`
+	LastSeen  *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
+	Snapshots uint32                 `protobuf:"varint,14,opt,name=snapshots,proto3" json:"snapshots,omitempty"`
+	// What its layers and saved memory take. Absent until it has been measured.
+	Space         *VMSpace `protobuf:"bytes,15,opt,name=space,proto3" json:"space,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -755,6 +757,106 @@ func (x *VM) GetSnapshots() uint32 {
 	return 0
 }
 
+func (x *VM) GetSpace() *VMSpace {
+	if x != nil {
+		return x.Space
+	}
+	return nil
+}
+
+// VMSpace is what a VM takes, in bytes: parts of the virtual disks of which a
+// layer holds data. Tables of images are left out, and what is compressed counts
+// in full.
+type VMSpace struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Data of all layers that vmsnap may write, branches included.
+	Layers uint64 `protobuf:"varint,1,opt,name=layers,proto3" json:"layers,omitempty"`
+	// Data of the foreign layers below them, which other VMs may share.
+	Foreign uint64 `protobuf:"varint,2,opt,name=foreign,proto3" json:"foreign,omitempty"`
+	// The memory files of all snapshots.
+	Memory uint64 `protobuf:"varint,3,opt,name=memory,proto3" json:"memory,omitempty"`
+	// What deleting all snapshots would give back, memory included. 0 when
+	// incomplete.
+	Reclaimable uint64 `protobuf:"varint,4,opt,name=reclaimable,proto3" json:"reclaimable,omitempty"`
+	// A file could not be read, and is left out.
+	Incomplete    bool                   `protobuf:"varint,5,opt,name=incomplete,proto3" json:"incomplete,omitempty"`
+	Measured      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=measured,proto3" json:"measured,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMSpace) Reset() {
+	*x = VMSpace{}
+	mi := &file_vmsnap_v1_types_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMSpace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMSpace) ProtoMessage() {}
+
+func (x *VMSpace) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_types_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMSpace.ProtoReflect.Descriptor instead.
+func (*VMSpace) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *VMSpace) GetLayers() uint64 {
+	if x != nil {
+		return x.Layers
+	}
+	return 0
+}
+
+func (x *VMSpace) GetForeign() uint64 {
+	if x != nil {
+		return x.Foreign
+	}
+	return 0
+}
+
+func (x *VMSpace) GetMemory() uint64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
+}
+
+func (x *VMSpace) GetReclaimable() uint64 {
+	if x != nil {
+		return x.Reclaimable
+	}
+	return 0
+}
+
+func (x *VMSpace) GetIncomplete() bool {
+	if x != nil {
+		return x.Incomplete
+	}
+	return false
+}
+
+func (x *VMSpace) GetMeasured() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Measured
+	}
+	return nil
+}
+
 // Process is the QEMU process of a VM.
 type Process struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -775,7 +877,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[3]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +889,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[3]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +902,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{3}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Process) GetPid() int32 {
@@ -870,7 +972,7 @@ type GuestAgent struct {
 
 func (x *GuestAgent) Reset() {
 	*x = GuestAgent{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +984,7 @@ func (x *GuestAgent) String() string {
 func (*GuestAgent) ProtoMessage() {}
 
 func (x *GuestAgent) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +997,7 @@ func (x *GuestAgent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestAgent.ProtoReflect.Descriptor instead.
 func (*GuestAgent) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{4}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *GuestAgent) GetPresence() GuestAgent_Presence {
@@ -929,7 +1031,7 @@ type Freeze struct {
 
 func (x *Freeze) Reset() {
 	*x = Freeze{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -941,7 +1043,7 @@ func (x *Freeze) String() string {
 func (*Freeze) ProtoMessage() {}
 
 func (x *Freeze) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -954,7 +1056,7 @@ func (x *Freeze) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Freeze.ProtoReflect.Descriptor instead.
 func (*Freeze) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{5}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Freeze) GetSince() *timestamppb.Timestamp {
@@ -1025,7 +1127,7 @@ type Disk struct {
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[6]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1037,7 +1139,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[6]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1050,7 +1152,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{6}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Disk) GetDevice() string {
@@ -1148,7 +1250,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1160,7 +1262,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1173,7 +1275,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{7}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Layer) GetId() string {
@@ -1238,7 +1340,7 @@ type Problem struct {
 
 func (x *Problem) Reset() {
 	*x = Problem{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1352,7 @@ func (x *Problem) String() string {
 func (*Problem) ProtoMessage() {}
 
 func (x *Problem) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1365,7 @@ func (x *Problem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Problem.ProtoReflect.Descriptor instead.
 func (*Problem) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{8}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Problem) GetCode() string {
@@ -1304,14 +1406,16 @@ type Snapshot struct {
 	Disks       []*SnapshotDisk        `protobuf:"bytes,12,rep,name=disks,proto3" json:"disks,omitempty"`
 	Partial     bool                   `protobuf:"varint,13,opt,name=partial,proto3" json:"partial,omitempty"`
 	// Absent when memory was not saved.
-	Memory        *SnapshotMemory `protobuf:"bytes,14,opt,name=memory,proto3" json:"memory,omitempty"`
+	Memory *SnapshotMemory `protobuf:"bytes,14,opt,name=memory,proto3" json:"memory,omitempty"`
+	// What it takes. Absent until it has been measured, and when it cannot be.
+	Space         *SnapshotSpace `protobuf:"bytes,15,opt,name=space,proto3" json:"space,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1323,7 +1427,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1336,7 +1440,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{9}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Snapshot) GetId() string {
@@ -1437,6 +1541,86 @@ func (x *Snapshot) GetMemory() *SnapshotMemory {
 	return nil
 }
 
+func (x *Snapshot) GetSpace() *SnapshotSpace {
+	if x != nil {
+		return x.Space
+	}
+	return nil
+}
+
+// SnapshotSpace is what a snapshot takes, in bytes that are counted as in
+// VMSpace.
+type SnapshotSpace struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What deleting it gives back, memory included.
+	Exclusive uint64 `protobuf:"varint,1,opt,name=exclusive,proto3" json:"exclusive,omitempty"`
+	// What it needs as well, and others too.
+	Shared uint64 `protobuf:"varint,2,opt,name=shared,proto3" json:"shared,omitempty"`
+	// Its memory file.
+	Memory        uint64                 `protobuf:"varint,3,opt,name=memory,proto3" json:"memory,omitempty"`
+	Measured      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=measured,proto3" json:"measured,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotSpace) Reset() {
+	*x = SnapshotSpace{}
+	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotSpace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotSpace) ProtoMessage() {}
+
+func (x *SnapshotSpace) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotSpace.ProtoReflect.Descriptor instead.
+func (*SnapshotSpace) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *SnapshotSpace) GetExclusive() uint64 {
+	if x != nil {
+		return x.Exclusive
+	}
+	return 0
+}
+
+func (x *SnapshotSpace) GetShared() uint64 {
+	if x != nil {
+		return x.Shared
+	}
+	return 0
+}
+
+func (x *SnapshotSpace) GetMemory() uint64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
+}
+
+func (x *SnapshotSpace) GetMeasured() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Measured
+	}
+	return nil
+}
+
 // SnapshotMemory is the saved memory of a snapshot.
 type SnapshotMemory struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -1462,7 +1646,7 @@ type SnapshotMemory struct {
 
 func (x *SnapshotMemory) Reset() {
 	*x = SnapshotMemory{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1474,7 +1658,7 @@ func (x *SnapshotMemory) String() string {
 func (*SnapshotMemory) ProtoMessage() {}
 
 func (x *SnapshotMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1487,7 +1671,7 @@ func (x *SnapshotMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMemory.ProtoReflect.Descriptor instead.
 func (*SnapshotMemory) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{10}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SnapshotMemory) GetPath() string {
@@ -1576,7 +1760,7 @@ type QuiesceResult struct {
 
 func (x *QuiesceResult) Reset() {
 	*x = QuiesceResult{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1588,7 +1772,7 @@ func (x *QuiesceResult) String() string {
 func (*QuiesceResult) ProtoMessage() {}
 
 func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1601,7 +1785,7 @@ func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuiesceResult.ProtoReflect.Descriptor instead.
 func (*QuiesceResult) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{11}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *QuiesceResult) GetRequested() Quiesce {
@@ -1658,7 +1842,7 @@ type SnapshotDisk struct {
 
 func (x *SnapshotDisk) Reset() {
 	*x = SnapshotDisk{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1670,7 +1854,7 @@ func (x *SnapshotDisk) String() string {
 func (*SnapshotDisk) ProtoMessage() {}
 
 func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1683,7 +1867,7 @@ func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
 func (*SnapshotDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SnapshotDisk) GetDevice() string {
@@ -1766,7 +1950,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1778,7 +1962,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1791,7 +1975,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Operation) GetId() string {
@@ -1926,7 +2110,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1938,7 +2122,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1951,7 +2135,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Step) GetName() string {
@@ -2001,7 +2185,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2013,7 +2197,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2026,7 +2210,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Progress) GetDone() uint64 {
@@ -2084,7 +2268,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\aWarning\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x12\n" +
 	"\x04disk\x18\x02 \x01(\tR\x04disk\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"\xa0\x04\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\xca\x04\n" +
 	"\x02VM\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -2102,7 +2286,17 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\n" +
 	"first_seen\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\tfirstSeen\x127\n" +
 	"\tlast_seen\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x1c\n" +
-	"\tsnapshots\x18\x0e \x01(\rR\tsnapshots\"\xf6\x01\n" +
+	"\tsnapshots\x18\x0e \x01(\rR\tsnapshots\x12(\n" +
+	"\x05space\x18\x0f \x01(\v2\x12.vmsnap.v1.VMSpaceR\x05space\"\xcd\x01\n" +
+	"\aVMSpace\x12\x16\n" +
+	"\x06layers\x18\x01 \x01(\x04R\x06layers\x12\x18\n" +
+	"\aforeign\x18\x02 \x01(\x04R\aforeign\x12\x16\n" +
+	"\x06memory\x18\x03 \x01(\x04R\x06memory\x12 \n" +
+	"\vreclaimable\x18\x04 \x01(\x04R\vreclaimable\x12\x1e\n" +
+	"\n" +
+	"incomplete\x18\x05 \x01(\bR\n" +
+	"incomplete\x126\n" +
+	"\bmeasured\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bmeasured\"\xf6\x01\n" +
 	"\aProcess\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x124\n" +
 	"\astarted\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12!\n" +
@@ -2157,7 +2351,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\aProblem\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
-	"\x04hint\x18\x03 \x01(\tR\x04hint\"\xe5\x04\n" +
+	"\x04hint\x18\x03 \x01(\tR\x04hint\"\x95\x05\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
 	"\x05vm_id\x18\x02 \x01(\tR\x04vmId\x12\x17\n" +
@@ -2173,10 +2367,16 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\foperation_id\x18\v \x01(\tR\voperationId\x12-\n" +
 	"\x05disks\x18\f \x03(\v2\x17.vmsnap.v1.SnapshotDiskR\x05disks\x12\x18\n" +
 	"\apartial\x18\r \x01(\bR\apartial\x121\n" +
-	"\x06memory\x18\x0e \x01(\v2\x19.vmsnap.v1.SnapshotMemoryR\x06memory\x1a9\n" +
+	"\x06memory\x18\x0e \x01(\v2\x19.vmsnap.v1.SnapshotMemoryR\x06memory\x12.\n" +
+	"\x05space\x18\x0f \x01(\v2\x18.vmsnap.v1.SnapshotSpaceR\x05space\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xde\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x95\x01\n" +
+	"\rSnapshotSpace\x12\x1c\n" +
+	"\texclusive\x18\x01 \x01(\x04R\texclusive\x12\x16\n" +
+	"\x06shared\x18\x02 \x01(\x04R\x06shared\x12\x16\n" +
+	"\x06memory\x18\x03 \x01(\x04R\x06memory\x126\n" +
+	"\bmeasured\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bmeasured\"\xde\x02\n" +
 	"\x0eSnapshotMemory\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x125\n" +
 	"\bstrategy\x18\x02 \x01(\x0e2\x19.vmsnap.v1.MemoryStrategyR\bstrategy\x12\x16\n" +
@@ -2301,7 +2501,7 @@ func file_vmsnap_v1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_vmsnap_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_vmsnap_v1_types_proto_goTypes = []any{
 	(ErrorCode)(0),                // 0: vmsnap.v1.ErrorCode
 	(Consistency)(0),              // 1: vmsnap.v1.Consistency
@@ -2313,66 +2513,72 @@ var file_vmsnap_v1_types_proto_goTypes = []any{
 	(*Error)(nil),                 // 7: vmsnap.v1.Error
 	(*Warning)(nil),               // 8: vmsnap.v1.Warning
 	(*VM)(nil),                    // 9: vmsnap.v1.VM
-	(*Process)(nil),               // 10: vmsnap.v1.Process
-	(*GuestAgent)(nil),            // 11: vmsnap.v1.GuestAgent
-	(*Freeze)(nil),                // 12: vmsnap.v1.Freeze
-	(*Disk)(nil),                  // 13: vmsnap.v1.Disk
-	(*Layer)(nil),                 // 14: vmsnap.v1.Layer
-	(*Problem)(nil),               // 15: vmsnap.v1.Problem
-	(*Snapshot)(nil),              // 16: vmsnap.v1.Snapshot
-	(*SnapshotMemory)(nil),        // 17: vmsnap.v1.SnapshotMemory
-	(*QuiesceResult)(nil),         // 18: vmsnap.v1.QuiesceResult
-	(*SnapshotDisk)(nil),          // 19: vmsnap.v1.SnapshotDisk
-	(*Operation)(nil),             // 20: vmsnap.v1.Operation
-	(*Step)(nil),                  // 21: vmsnap.v1.Step
-	(*Progress)(nil),              // 22: vmsnap.v1.Progress
-	nil,                           // 23: vmsnap.v1.Snapshot.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
+	(*VMSpace)(nil),               // 10: vmsnap.v1.VMSpace
+	(*Process)(nil),               // 11: vmsnap.v1.Process
+	(*GuestAgent)(nil),            // 12: vmsnap.v1.GuestAgent
+	(*Freeze)(nil),                // 13: vmsnap.v1.Freeze
+	(*Disk)(nil),                  // 14: vmsnap.v1.Disk
+	(*Layer)(nil),                 // 15: vmsnap.v1.Layer
+	(*Problem)(nil),               // 16: vmsnap.v1.Problem
+	(*Snapshot)(nil),              // 17: vmsnap.v1.Snapshot
+	(*SnapshotSpace)(nil),         // 18: vmsnap.v1.SnapshotSpace
+	(*SnapshotMemory)(nil),        // 19: vmsnap.v1.SnapshotMemory
+	(*QuiesceResult)(nil),         // 20: vmsnap.v1.QuiesceResult
+	(*SnapshotDisk)(nil),          // 21: vmsnap.v1.SnapshotDisk
+	(*Operation)(nil),             // 22: vmsnap.v1.Operation
+	(*Step)(nil),                  // 23: vmsnap.v1.Step
+	(*Progress)(nil),              // 24: vmsnap.v1.Progress
+	nil,                           // 25: vmsnap.v1.Snapshot.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 27: google.protobuf.Duration
 }
 var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	0,  // 0: vmsnap.v1.Error.code:type_name -> vmsnap.v1.ErrorCode
 	4,  // 1: vmsnap.v1.VM.state:type_name -> vmsnap.v1.VMState
-	10, // 2: vmsnap.v1.VM.process:type_name -> vmsnap.v1.Process
-	11, // 3: vmsnap.v1.VM.guest_agent:type_name -> vmsnap.v1.GuestAgent
-	13, // 4: vmsnap.v1.VM.disks:type_name -> vmsnap.v1.Disk
-	15, // 5: vmsnap.v1.VM.problems:type_name -> vmsnap.v1.Problem
-	12, // 6: vmsnap.v1.VM.freeze:type_name -> vmsnap.v1.Freeze
-	24, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
-	24, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
-	24, // 9: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
-	6,  // 10: vmsnap.v1.GuestAgent.presence:type_name -> vmsnap.v1.GuestAgent.Presence
-	24, // 11: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
-	24, // 12: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
-	14, // 13: vmsnap.v1.Disk.layers:type_name -> vmsnap.v1.Layer
-	23, // 14: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
-	24, // 15: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
-	1,  // 16: vmsnap.v1.Snapshot.consistency:type_name -> vmsnap.v1.Consistency
-	18, // 17: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
-	8,  // 18: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
-	19, // 19: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
-	17, // 20: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
-	3,  // 21: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	25, // 22: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
-	25, // 23: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
-	2,  // 24: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
-	25, // 25: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
-	5,  // 26: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
-	22, // 27: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
-	21, // 28: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
-	8,  // 29: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
-	7,  // 30: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
-	24, // 31: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
-	24, // 32: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
-	24, // 33: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
-	24, // 34: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
-	24, // 35: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
-	25, // 36: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
-	37, // [37:37] is the sub-list for method output_type
-	37, // [37:37] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	11, // 2: vmsnap.v1.VM.process:type_name -> vmsnap.v1.Process
+	12, // 3: vmsnap.v1.VM.guest_agent:type_name -> vmsnap.v1.GuestAgent
+	14, // 4: vmsnap.v1.VM.disks:type_name -> vmsnap.v1.Disk
+	16, // 5: vmsnap.v1.VM.problems:type_name -> vmsnap.v1.Problem
+	13, // 6: vmsnap.v1.VM.freeze:type_name -> vmsnap.v1.Freeze
+	26, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
+	26, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
+	10, // 9: vmsnap.v1.VM.space:type_name -> vmsnap.v1.VMSpace
+	26, // 10: vmsnap.v1.VMSpace.measured:type_name -> google.protobuf.Timestamp
+	26, // 11: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
+	6,  // 12: vmsnap.v1.GuestAgent.presence:type_name -> vmsnap.v1.GuestAgent.Presence
+	26, // 13: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
+	26, // 14: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
+	15, // 15: vmsnap.v1.Disk.layers:type_name -> vmsnap.v1.Layer
+	25, // 16: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
+	26, // 17: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	1,  // 18: vmsnap.v1.Snapshot.consistency:type_name -> vmsnap.v1.Consistency
+	20, // 19: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
+	8,  // 20: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
+	21, // 21: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
+	19, // 22: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
+	18, // 23: vmsnap.v1.Snapshot.space:type_name -> vmsnap.v1.SnapshotSpace
+	26, // 24: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
+	3,  // 25: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	27, // 26: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
+	27, // 27: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
+	2,  // 28: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
+	27, // 29: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
+	5,  // 30: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
+	24, // 31: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
+	23, // 32: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
+	8,  // 33: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
+	7,  // 34: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
+	26, // 35: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
+	26, // 36: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
+	26, // 37: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
+	26, // 38: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
+	26, // 39: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
+	27, // 40: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
+	41, // [41:41] is the sub-list for method output_type
+	41, // [41:41] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_types_proto_init() }
@@ -2386,7 +2592,7 @@ func file_vmsnap_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_types_proto_rawDesc), len(file_vmsnap_v1_types_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   17,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

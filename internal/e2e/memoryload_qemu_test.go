@@ -53,6 +53,14 @@ func load(ctx context.Context, g *testvm.Guest, memory string) error {
 		return err
 	}
 	defer func() { _ = s.Close() }()
+	if err := loadInto(ctx, s, memory); err != nil {
+		return err
+	}
+	return s.Cont(ctx)
+}
+
+// loadInto has a QEMU that waits for a memory load it.
+func loadInto(ctx context.Context, s *monitor.Session, memory string) error {
 	dir, err := os.OpenRoot(filepath.Dir(memory))
 	if err != nil {
 		return err
@@ -78,7 +86,7 @@ func load(ctx context.Context, g *testvm.Guest, memory string) error {
 			return err
 		}
 		if m.Status == monitor.MigrationCompleted {
-			return s.Cont(ctx)
+			return nil
 		}
 		select {
 		case <-ctx.Done():
@@ -166,10 +174,10 @@ func (h *host) layers(vm string) (n []int) {
 	return n
 }
 
-// saves returns the memory files beside a guest's disks.
-func saves(t *testing.T, g *testvm.Guest) []string {
+// memoryFiles returns the memory files beside the disks in a directory.
+func memoryFiles(t *testing.T, dir string) []string {
 	t.Helper()
-	files, err := filepath.Glob(g.Dir + "/.vmsnap/*.mem*")
+	files, err := filepath.Glob(dir + "/.vmsnap/*.mem*")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -216,8 +224,8 @@ func TestQEMUMemoryInterrupted(t *testing.T) {
 				whole++
 				h.must("snapshot", "verify", g.Name+"/"+name)
 			}
-			if n := len(saves(t, g)); n != whole {
-				t.Fatalf("%s: %d memory files of %d snapshots: %v\n%s", when, n, whole, saves(t, g), h.log)
+			if n := len(memoryFiles(t, g.Dir)); n != whole {
+				t.Fatalf("%s: %d memory files of %d snapshots: %v\n%s", when, n, whole, memoryFiles(t, g.Dir), h.log)
 			}
 			h.eventually(eventLimit, when+": the layers", func() error {
 				if n := h.layers(g.Name); len(n) != 2 || n[0] != whole+1 || n[1] != whole+1 {

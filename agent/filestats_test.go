@@ -82,7 +82,7 @@ func TestAHungFileSystemHoldsUpNobody(t *testing.T) {
 		t.Errorf("%d looks hang", n)
 	}
 	snapshot := catalog.Snapshot{VMID: "hung", Disks: []catalog.SnapshotDisk{{LayerID: "l-hung"}}}
-	if view := a.snapshotView(t.Context(), snapshot); view.Layers["l-hung"].ID != "l-hung" || view.VMName != "hung" {
+	if view, err := a.snapshotView(t.Context(), snapshot); err != nil || view.Layers["l-hung"].ID != "l-hung" || view.VMName != "hung" {
 		t.Errorf("a snapshot of it: %+v", view)
 	}
 	close(h.until)

@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -212,8 +213,8 @@ func (a *Agent) Snapshots(ctx context.Context, f SnapshotFilter) ([]SnapshotView
 	if err != nil {
 		return nil, err
 	}
-	all = slices.DeleteFunc(all, func(s catalog.Snapshot) bool { return !hasLabels(s.Labels, f.Labels) })
-	return a.snapshotViews(ctx, all), nil
+	shown := slices.DeleteFunc(slices.Clone(all), func(s catalog.Snapshot) bool { return !hasLabels(s.Labels, f.Labels) })
+	return a.snapshotViews(ctx, shown, all), nil
 }
 
 func hasLabels(have, want map[string]string) bool {
@@ -225,14 +226,17 @@ func hasLabels(have, want map[string]string) bool {
 	return true
 }
 
-// snapshotViews shows snapshots with their layers. Those of one VM wait for its
-// file systems together.
-func (a *Agent) snapshotViews(ctx context.Context, all []catalog.Snapshot) []SnapshotView {
+// snapshotViews shows snapshots with their layers, and where they stand among all
+// of their VMs. Those of one VM wait for its file systems together.
+func (a *Agent) snapshotViews(ctx context.Context, shown, all []catalog.Snapshot) []SnapshotView {
 	ctx, cancel := context.WithTimeout(ctx, statPatience)
 	defer cancel()
-	views := make([]SnapshotView, len(all))
-	ofVM := map[string][]*SnapshotView{}
-	for i, s := range all {
+	views := make([]SnapshotView, len(shown))
+	ofVM, history := map[string][]*SnapshotView{}, map[string][]catalog.Snapshot{}
+	for _, s := range all {
+		history[s.VMID] = append(history[s.VMID], s)
+	}
+	for i, s := range shown {
 		views[i] = SnapshotView{Snapshot: s, Layers: map[string]LayerView{}}
 		ofVM[s.VMID] = append(ofVM[s.VMID], &views[i])
 	}
@@ -242,7 +246,10 @@ func (a *Agent) snapshotViews(ctx context.Context, all []catalog.Snapshot) []Sna
 		v := a.vms[id]
 		a.mu.RUnlock()
 		if v != nil {
-			looking.Go(func() { v.lookAtSnapshots(ctx, those) })
+			looking.Go(func() {
+				v.place(those, history[id])
+				v.lookAtSnapshots(ctx, those)
+			})
 		}
 	}
 	looking.Wait()
@@ -279,8 +286,12 @@ func (v *vm) lookAtSnapshots(ctx context.Context, views []*SnapshotView) {
 	}
 }
 
-func (a *Agent) snapshotView(ctx context.Context, s catalog.Snapshot) SnapshotView {
-	return a.snapshotViews(ctx, []catalog.Snapshot{s})[0]
+func (a *Agent) snapshotView(ctx context.Context, s catalog.Snapshot) (SnapshotView, error) {
+	all, err := a.catalog.Snapshots(ctx, s.VMID)
+	if err != nil {
+		return SnapshotView{}, err
+	}
+	return a.snapshotViews(ctx, []catalog.Snapshot{s}, all)[0], nil
 }
 
 // Snapshot returns the snapshot of a "VM/NAME" or an id.
@@ -295,7 +306,7 @@ func (a *Agent) Snapshot(ctx context.Context, ref string) (SnapshotView, error) 
 	if v != nil {
 		a.space(ctx, v)
 	}
-	return a.snapshotView(ctx, s), nil
+	return a.snapshotView(ctx, s)
 }
 
 func (a *Agent) findSnapshot(ctx context.Context, ref string) (catalog.Snapshot, error) {
@@ -332,5 +343,6 @@ func (a *Agent) RenameSnapshot(ctx context.Context, ref, newName string) (Snapsh
 		return SnapshotView{}, err
 	}
 	s.Name = newName
-	return a.snapshotView(ctx, s), a.rewriteManifests(s)
+	view, err := a.snapshotView(ctx, s)
+	return view, errors.Join(err, a.rewriteManifests(s))
 }

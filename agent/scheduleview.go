@@ -286,7 +286,7 @@ func (a *Agent) verdicts(ctx context.Context, s catalog.Schedule, rule *schedule
 // takenSpace is what a snapshot's files take.
 func (a *Agent) takenSpace(ctx context.Context, s catalog.Snapshot) uint64 {
 	var sum uint64
-	for _, l := range a.snapshotView(ctx, s).Layers {
+	for _, l := range a.snapshotViews(ctx, []catalog.Snapshot{s}, nil)[0].Layers {
 		if !l.Foreign {
 			sum += l.Allocated
 		}

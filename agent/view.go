@@ -232,4 +232,6 @@ type SnapshotView struct {
 	catalog.Snapshot
 	Layers map[string]LayerView // by layer id
 	Space  *SnapshotSpace       // nil until it has been measured, and when it cannot be
+	Position
+	Here *Position // where the VM's disks are now, if this is the parent of that; nil else
 }

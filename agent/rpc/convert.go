@@ -200,6 +200,8 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		Partial:     s.Partial,
 		Memory:      memoryProto(s.Memory),
 		Space:       snapshotSpaceProto(s.Space),
+		Position:    positionProto(s.Position),
+		Here:        hereProto(s.Here),
 	}
 	if len(s.Labels) > 0 {
 		out.Labels = make(map[string]string, len(s.Labels))
@@ -227,4 +229,19 @@ func snapshotSpaceProto(s *agent.SnapshotSpace) *vmsnapv1.SnapshotSpace {
 		return nil
 	}
 	return &vmsnapv1.SnapshotSpace{Exclusive: s.Exclusive, Shared: s.Shared, Memory: s.Memory, Measured: stamp(s.Measured)}
+}
+
+func positionProto(p agent.Position) *vmsnapv1.Position {
+	return &vmsnapv1.Position{ParentId: text(p.Parent), Strays: each(p.Strays, strayProto)}
+}
+
+func hereProto(p *agent.Position) *vmsnapv1.Here {
+	if p == nil {
+		return nil
+	}
+	return &vmsnapv1.Here{Strays: each(p.Strays, strayProto)}
+}
+
+func strayProto(s agent.Stray) *vmsnapv1.Stray {
+	return &vmsnapv1.Stray{Device: text(s.Device), SnapshotId: text(s.Snapshot)}
 }

@@ -29,7 +29,7 @@ func TestCompletion(t *testing.T) {
 		"snapshot create web --disk ":    "root\t20 GiB\ndata\t500 GiB\n",
 		"snapshot create --exclude ":     "",
 		"snapshot create web --quiesce ": "require\nprefer\nnone\n",
-		"snapshot list --sort ":          "time\nname\n",
+		"snapshot list --sort ":          "time\nname\nspace\n",
 		"snapshot show ": "web/before-upgrade\tfilesystem, 3h ago\nweb/nightly\tcrash,partial, 31h ago\n" +
 			"datenbank-東京/stand\tcrash, 2d ago\nweb/live\tmemory, 5d ago\nweb/alpha\toffline, 40d ago\n",
 		"snapshot rename web/nightly ": "",

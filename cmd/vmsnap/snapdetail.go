@@ -24,6 +24,7 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 		"Taken", p.when(s.GetCreated()),
 		"Consistency", word(s.GetConsistency()),
 		"Partial", partial,
+		"Parent", s.GetPosition().GetParentId(),
 		"Quiesce", quiesceText(s.GetQuiesce()),
 		"Memory", memoryText(s.GetMemory()),
 		"Memory file", s.GetMemory().GetPath(),

@@ -23,11 +23,17 @@ func (a *app) snapshot() *cobra.Command {
 func (a *app) snapshotList() *cobra.Command {
 	var labels []string
 	var runs runs
-	order := sortTime
+	order, tree := sortTime, false
 	cmd := &cobra.Command{
 		Use:   "list [VM]",
 		Short: "List the snapshots of one VM or of all, the newest first",
+		Long: `List the snapshots of one VM or of all, the newest first. With --tree they are
+drawn as a tree, with the state that each VM is in now.
+
+EXCLUSIVE is what deleting a snapshot gives back, SHARED what it needs that others
+need too; see docs/space.md.`,
 		Example: `  vmsnap snapshot list
+  vmsnap snapshot list web --tree
   vmsnap snapshot list web --sort name
   vmsnap snapshot list --label team=infra -o name
   vmsnap snapshot list web --scheduled`,
@@ -44,6 +50,9 @@ func (a *app) snapshotList() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if tree && (len(labels) > 0 || cmd.Flags().Changed("sort")) {
+				return usage(cmd, "--tree draws all snapshots in the order in which they were taken: leave out --label and --sort")
+			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
 			defer cancel()
 			req := &vmsnapv1.ListSnapshotsRequest{Labels: wanted}
@@ -54,6 +63,9 @@ func (a *app) snapshotList() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if tree {
+				return a.print(treeResult(res.Msg))
+			}
 			order.sort(res.Msg.GetSnapshots())
 			return a.print(snapshotsResult(res.Msg))
 		},
@@ -61,6 +73,7 @@ func (a *app) snapshotList() *cobra.Command {
 	runs.flags(a, cmd)
 	flags := cmd.Flags()
 	flags.StringArrayVar(&labels, "label", nil, "only those with this label, `key=value`; may be repeated")
+	flags.BoolVar(&tree, "tree", false, "draw the tree of the snapshots, and where each VM is in it")
 	flags.Var(&order, "sort", "how to sort: time (the newest first), name or space (what gives back the most first)")
 	must(cmd.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions([]string{string(sortTime), string(sortName), string(sortSpace)}, cobra.ShellCompDirectiveNoFileComp)))
 	return cmd

@@ -50,6 +50,9 @@ func TestQEMUSpace(t *testing.T) {
 		if memory == 0 || exclusive != memory || shared != 2*written {
 			t.Errorf("with memory: %d bytes of its own, %d shared, %d of memory", exclusive, shared, memory)
 		}
+		if tree := h.must("snapshot", "list", vm.name, "--tree", "--no-header"); !regexp.MustCompile(`─ one .*\n +two .*\n +● you are here\n`).MatchString(tree) {
+			t.Errorf("the tree:\n%s", tree)
+		}
 		gauge := regexp.MustCompile(`vmsnap_vm_reclaimable_bytes\{vm="` + regexp.QuoteMeta(vm.name) + `"\} (\S+)`)
 		h.eventually(10*time.Second, "the metrics tell", func() error {
 			h.must("vm", "show", vm.name)

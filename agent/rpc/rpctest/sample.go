@@ -143,9 +143,17 @@ func sampleSnapshots() []agent.SnapshotView {
 		upgrade.Name: {Exclusive: 340 * mib, Shared: 8 * gib, Measured: Now},
 		live.Name:    {Exclusive: 3*gib + 12*mib, Shared: 7 * gib, Memory: 3 * gib, Measured: Now},
 	}
+	positions := map[string]agent.Position{
+		live.Name:    {Parent: first.ID},
+		nightly.Name: {Parent: first.ID, Strays: []agent.Stray{{Device: "root", Snapshot: live.ID}}},
+		upgrade.Name: {Parent: live.ID},
+	}
 	var out []agent.SnapshotView
 	for _, s := range []catalog.Snapshot{first, live, db, nightly, upgrade} {
-		out = append(out, agent.SnapshotView{Snapshot: s, Layers: layers, Space: spaces[s.Name]})
+		out = append(out, agent.SnapshotView{Snapshot: s, Layers: layers, Space: spaces[s.Name], Position: positions[s.Name]})
+		if s.Name == nightly.Name {
+			out[len(out)-1].Here = &agent.Position{Parent: s.ID}
+		}
 	}
 	return out
 }

@@ -1408,7 +1408,12 @@ type Snapshot struct {
 	// Absent when memory was not saved.
 	Memory *SnapshotMemory `protobuf:"bytes,14,opt,name=memory,proto3" json:"memory,omitempty"`
 	// What it takes. Absent until it has been measured, and when it cannot be.
-	Space         *SnapshotSpace `protobuf:"bytes,15,opt,name=space,proto3" json:"space,omitempty"`
+	Space *SnapshotSpace `protobuf:"bytes,15,opt,name=space,proto3" json:"space,omitempty"`
+	// Where it stands in the tree of the VM's snapshots.
+	Position *Position `protobuf:"bytes,16,opt,name=position,proto3" json:"position,omitempty"`
+	// Set for the parent of what the VM's disks hold now. When no snapshot of the VM
+	// has it, they descend from none.
+	Here          *Here `protobuf:"bytes,17,opt,name=here,proto3" json:"here,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1548,6 +1553,178 @@ func (x *Snapshot) GetSpace() *SnapshotSpace {
 	return nil
 }
 
+func (x *Snapshot) GetPosition() *Position {
+	if x != nil {
+		return x.Position
+	}
+	return nil
+}
+
+func (x *Snapshot) GetHere() *Here {
+	if x != nil {
+		return x.Here
+	}
+	return nil
+}
+
+// Position says where a state of a VM stands in the tree of its snapshots.
+type Position struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The last taken snapshot from which it descends on all disks that both have;
+	// when there is none, on the most of them. Empty for a root.
+	ParentId string `protobuf:"bytes,1,opt,name=parent_id,json=parentId,proto3" json:"parent_id,omitempty"`
+	// Disks that went another way than the parent: one tree cannot tell all of
+	// disks that were restored each by itself.
+	Strays        []*Stray `protobuf:"bytes,2,rep,name=strays,proto3" json:"strays,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Position) Reset() {
+	*x = Position{}
+	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Position) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Position) ProtoMessage() {}
+
+func (x *Position) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Position.ProtoReflect.Descriptor instead.
+func (*Position) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Position) GetParentId() string {
+	if x != nil {
+		return x.ParentId
+	}
+	return ""
+}
+
+func (x *Position) GetStrays() []*Stray {
+	if x != nil {
+		return x.Strays
+	}
+	return nil
+}
+
+// Stray is a disk that went another way than the others.
+type Stray struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Device string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
+	// The snapshot that it descends from most nearly.
+	SnapshotId    string `protobuf:"bytes,2,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Stray) Reset() {
+	*x = Stray{}
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Stray) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Stray) ProtoMessage() {}
+
+func (x *Stray) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Stray.ProtoReflect.Descriptor instead.
+func (*Stray) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Stray) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *Stray) GetSnapshotId() string {
+	if x != nil {
+		return x.SnapshotId
+	}
+	return ""
+}
+
+// Here says that the disks of a VM descend from a snapshot most nearly: whoever
+// looks for the running state finds it there.
+type Here struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Disks that went another way.
+	Strays        []*Stray `protobuf:"bytes,1,rep,name=strays,proto3" json:"strays,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Here) Reset() {
+	*x = Here{}
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Here) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Here) ProtoMessage() {}
+
+func (x *Here) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Here.ProtoReflect.Descriptor instead.
+func (*Here) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Here) GetStrays() []*Stray {
+	if x != nil {
+		return x.Strays
+	}
+	return nil
+}
+
 // SnapshotSpace is what a snapshot takes, in bytes that are counted as in
 // VMSpace.
 type SnapshotSpace struct {
@@ -1565,7 +1742,7 @@ type SnapshotSpace struct {
 
 func (x *SnapshotSpace) Reset() {
 	*x = SnapshotSpace{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1577,7 +1754,7 @@ func (x *SnapshotSpace) String() string {
 func (*SnapshotSpace) ProtoMessage() {}
 
 func (x *SnapshotSpace) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1590,7 +1767,7 @@ func (x *SnapshotSpace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotSpace.ProtoReflect.Descriptor instead.
 func (*SnapshotSpace) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{11}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SnapshotSpace) GetExclusive() uint64 {
@@ -1646,7 +1823,7 @@ type SnapshotMemory struct {
 
 func (x *SnapshotMemory) Reset() {
 	*x = SnapshotMemory{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1658,7 +1835,7 @@ func (x *SnapshotMemory) String() string {
 func (*SnapshotMemory) ProtoMessage() {}
 
 func (x *SnapshotMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1671,7 +1848,7 @@ func (x *SnapshotMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMemory.ProtoReflect.Descriptor instead.
 func (*SnapshotMemory) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SnapshotMemory) GetPath() string {
@@ -1760,7 +1937,7 @@ type QuiesceResult struct {
 
 func (x *QuiesceResult) Reset() {
 	*x = QuiesceResult{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1772,7 +1949,7 @@ func (x *QuiesceResult) String() string {
 func (*QuiesceResult) ProtoMessage() {}
 
 func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1785,7 +1962,7 @@ func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuiesceResult.ProtoReflect.Descriptor instead.
 func (*QuiesceResult) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *QuiesceResult) GetRequested() Quiesce {
@@ -1842,7 +2019,7 @@ type SnapshotDisk struct {
 
 func (x *SnapshotDisk) Reset() {
 	*x = SnapshotDisk{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1854,7 +2031,7 @@ func (x *SnapshotDisk) String() string {
 func (*SnapshotDisk) ProtoMessage() {}
 
 func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1867,7 +2044,7 @@ func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
 func (*SnapshotDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SnapshotDisk) GetDevice() string {
@@ -1950,7 +2127,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1962,7 +2139,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1975,7 +2152,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Operation) GetId() string {
@@ -2110,7 +2287,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2122,7 +2299,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2135,7 +2312,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{16}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Step) GetName() string {
@@ -2185,7 +2362,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2197,7 +2374,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2210,7 +2387,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{17}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Progress) GetDone() uint64 {
@@ -2351,7 +2528,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\aProblem\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
-	"\x04hint\x18\x03 \x01(\tR\x04hint\"\x95\x05\n" +
+	"\x04hint\x18\x03 \x01(\tR\x04hint\"\xeb\x05\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
 	"\x05vm_id\x18\x02 \x01(\tR\x04vmId\x12\x17\n" +
@@ -2368,10 +2545,21 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x05disks\x18\f \x03(\v2\x17.vmsnap.v1.SnapshotDiskR\x05disks\x12\x18\n" +
 	"\apartial\x18\r \x01(\bR\apartial\x121\n" +
 	"\x06memory\x18\x0e \x01(\v2\x19.vmsnap.v1.SnapshotMemoryR\x06memory\x12.\n" +
-	"\x05space\x18\x0f \x01(\v2\x18.vmsnap.v1.SnapshotSpaceR\x05space\x1a9\n" +
+	"\x05space\x18\x0f \x01(\v2\x18.vmsnap.v1.SnapshotSpaceR\x05space\x12/\n" +
+	"\bposition\x18\x10 \x01(\v2\x13.vmsnap.v1.PositionR\bposition\x12#\n" +
+	"\x04here\x18\x11 \x01(\v2\x0f.vmsnap.v1.HereR\x04here\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x95\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Q\n" +
+	"\bPosition\x12\x1b\n" +
+	"\tparent_id\x18\x01 \x01(\tR\bparentId\x12(\n" +
+	"\x06strays\x18\x02 \x03(\v2\x10.vmsnap.v1.StrayR\x06strays\"@\n" +
+	"\x05Stray\x12\x16\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1f\n" +
+	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
+	"snapshotId\"0\n" +
+	"\x04Here\x12(\n" +
+	"\x06strays\x18\x01 \x03(\v2\x10.vmsnap.v1.StrayR\x06strays\"\x95\x01\n" +
 	"\rSnapshotSpace\x12\x1c\n" +
 	"\texclusive\x18\x01 \x01(\x04R\texclusive\x12\x16\n" +
 	"\x06shared\x18\x02 \x01(\x04R\x06shared\x12\x16\n" +
@@ -2501,7 +2689,7 @@ func file_vmsnap_v1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_vmsnap_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_vmsnap_v1_types_proto_goTypes = []any{
 	(ErrorCode)(0),                // 0: vmsnap.v1.ErrorCode
 	(Consistency)(0),              // 1: vmsnap.v1.Consistency
@@ -2521,16 +2709,19 @@ var file_vmsnap_v1_types_proto_goTypes = []any{
 	(*Layer)(nil),                 // 15: vmsnap.v1.Layer
 	(*Problem)(nil),               // 16: vmsnap.v1.Problem
 	(*Snapshot)(nil),              // 17: vmsnap.v1.Snapshot
-	(*SnapshotSpace)(nil),         // 18: vmsnap.v1.SnapshotSpace
-	(*SnapshotMemory)(nil),        // 19: vmsnap.v1.SnapshotMemory
-	(*QuiesceResult)(nil),         // 20: vmsnap.v1.QuiesceResult
-	(*SnapshotDisk)(nil),          // 21: vmsnap.v1.SnapshotDisk
-	(*Operation)(nil),             // 22: vmsnap.v1.Operation
-	(*Step)(nil),                  // 23: vmsnap.v1.Step
-	(*Progress)(nil),              // 24: vmsnap.v1.Progress
-	nil,                           // 25: vmsnap.v1.Snapshot.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 27: google.protobuf.Duration
+	(*Position)(nil),              // 18: vmsnap.v1.Position
+	(*Stray)(nil),                 // 19: vmsnap.v1.Stray
+	(*Here)(nil),                  // 20: vmsnap.v1.Here
+	(*SnapshotSpace)(nil),         // 21: vmsnap.v1.SnapshotSpace
+	(*SnapshotMemory)(nil),        // 22: vmsnap.v1.SnapshotMemory
+	(*QuiesceResult)(nil),         // 23: vmsnap.v1.QuiesceResult
+	(*SnapshotDisk)(nil),          // 24: vmsnap.v1.SnapshotDisk
+	(*Operation)(nil),             // 25: vmsnap.v1.Operation
+	(*Step)(nil),                  // 26: vmsnap.v1.Step
+	(*Progress)(nil),              // 27: vmsnap.v1.Progress
+	nil,                           // 28: vmsnap.v1.Snapshot.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
 }
 var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	0,  // 0: vmsnap.v1.Error.code:type_name -> vmsnap.v1.ErrorCode
@@ -2540,45 +2731,49 @@ var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	14, // 4: vmsnap.v1.VM.disks:type_name -> vmsnap.v1.Disk
 	16, // 5: vmsnap.v1.VM.problems:type_name -> vmsnap.v1.Problem
 	13, // 6: vmsnap.v1.VM.freeze:type_name -> vmsnap.v1.Freeze
-	26, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
-	26, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
+	29, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
+	29, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
 	10, // 9: vmsnap.v1.VM.space:type_name -> vmsnap.v1.VMSpace
-	26, // 10: vmsnap.v1.VMSpace.measured:type_name -> google.protobuf.Timestamp
-	26, // 11: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
+	29, // 10: vmsnap.v1.VMSpace.measured:type_name -> google.protobuf.Timestamp
+	29, // 11: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
 	6,  // 12: vmsnap.v1.GuestAgent.presence:type_name -> vmsnap.v1.GuestAgent.Presence
-	26, // 13: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
-	26, // 14: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
+	29, // 13: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
+	29, // 14: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
 	15, // 15: vmsnap.v1.Disk.layers:type_name -> vmsnap.v1.Layer
-	25, // 16: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
-	26, // 17: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	28, // 16: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
+	29, // 17: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	1,  // 18: vmsnap.v1.Snapshot.consistency:type_name -> vmsnap.v1.Consistency
-	20, // 19: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
+	23, // 19: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
 	8,  // 20: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
-	21, // 21: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
-	19, // 22: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
-	18, // 23: vmsnap.v1.Snapshot.space:type_name -> vmsnap.v1.SnapshotSpace
-	26, // 24: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
-	3,  // 25: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	27, // 26: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
-	27, // 27: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
-	2,  // 28: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
-	27, // 29: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
-	5,  // 30: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
-	24, // 31: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
-	23, // 32: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
-	8,  // 33: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
-	7,  // 34: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
-	26, // 35: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
-	26, // 36: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
-	26, // 37: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
-	26, // 38: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
-	26, // 39: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
-	27, // 40: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
-	41, // [41:41] is the sub-list for method output_type
-	41, // [41:41] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	24, // 21: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
+	22, // 22: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
+	21, // 23: vmsnap.v1.Snapshot.space:type_name -> vmsnap.v1.SnapshotSpace
+	18, // 24: vmsnap.v1.Snapshot.position:type_name -> vmsnap.v1.Position
+	20, // 25: vmsnap.v1.Snapshot.here:type_name -> vmsnap.v1.Here
+	19, // 26: vmsnap.v1.Position.strays:type_name -> vmsnap.v1.Stray
+	19, // 27: vmsnap.v1.Here.strays:type_name -> vmsnap.v1.Stray
+	29, // 28: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
+	3,  // 29: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	30, // 30: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
+	30, // 31: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
+	2,  // 32: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
+	30, // 33: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
+	5,  // 34: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
+	27, // 35: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
+	26, // 36: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
+	8,  // 37: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
+	7,  // 38: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
+	29, // 39: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
+	29, // 40: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
+	29, // 41: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
+	29, // 42: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
+	29, // 43: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
+	30, // 44: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
+	45, // [45:45] is the sub-list for method output_type
+	45, // [45:45] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_types_proto_init() }
@@ -2592,7 +2787,7 @@ func file_vmsnap_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_types_proto_rawDesc), len(file_vmsnap_v1_types_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   19,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -34,6 +34,7 @@ type Config struct {
 	EventMaxAge  time.Duration // how old they get; 0: DefaultEventMaxAge
 	Sinks        []event.Sink  // where events are passed on to
 	ScheduleCaps ScheduleCaps  // what schedules may keep
+	Hooks        HookConfig    // the host's own programs around operations
 	// OnOperation, when not nil, is called with every operation that ends.
 	OnOperation func(op.Record)
 	// OnFreezeWindow, when not nil, is called with every freeze window.

@@ -138,6 +138,7 @@ func (c *cut) commit(ctx context.Context) error {
 		return err
 	}
 	c.o.SetSnapshot(s.ID)
+	c.taken = &s
 	for _, d := range c.disks {
 		c.o.Logger().Info("disk snapshotted", "disk", d.Device, "layer", d.baseDir.Path(d.Base), "overlay", d.overlayDir.Path(d.Overlay))
 	}

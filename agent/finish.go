@@ -8,7 +8,8 @@ import (
 	"github.com/vmsnap/vmsnap/agent/op"
 )
 
-// finish settles and commits what was cut. The disks run on the overlays by
+// finish settles and commits what was cut, and lets the hooks know of the thaw as
+// soon as a host that goes down loses nothing any more. The disks run on the overlays by
 // now, and only the operation's journal knows of them: an operation that ended
 // here would leave layers that no snapshot accounts for. So what fails, by a
 // full disk for example, is tried again until it works, or until the agent
@@ -17,6 +18,7 @@ func (c *cut) finish(ctx context.Context) error {
 	if err := c.o.Step(ctx, "settle", c.untilDone(c.settle)); err != nil {
 		return err
 	}
+	c.hooks.after(ctx)
 	return c.o.Step(ctx, "commit", c.untilDone(c.commit))
 }
 

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/hook"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/freeze"
 	"github.com/vmsnap/vmsnap/monitor"
@@ -73,9 +74,20 @@ func (a *Agent) hold(ctx context.Context, o *op.Op, v *vm, req FreezeRequest, h 
 	if r == nil {
 		return fault.New(fault.Unsupported, "VM %s is stopped: there is no guest to freeze", v.name())
 	}
-	o.Plan(3)
+	hooks := a.hooksOf(o, v, op.KindFreeze, req.UID)
+	o.Plan(3 + hooks.count(hook.PreFreeze, hook.PostThaw))
+	if err := hooks.before(ctx, hook.PreFreeze, hook.PostThaw); err != nil {
+		return err
+	}
+	err = a.holdFrozen(ctx, o, v, r, req, h)
+	hooks.after(ctx)
+	return err
+}
+
+// holdFrozen freezes, and thaws at the latest when it returns.
+func (a *Agent) holdFrozen(ctx context.Context, o *op.Op, v *vm, r *run, req FreezeRequest, h *held) error {
 	var guard *freeze.Guard
-	err = o.Step(ctx, "freeze", func(ctx context.Context) error {
+	err := o.Step(ctx, "freeze", func(ctx context.Context) error {
 		s, err := v.monitorOf(r)
 		if err != nil {
 			return err

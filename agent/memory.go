@@ -197,6 +197,7 @@ func (c *cut) finishWithMemory(ctx context.Context) error {
 	if err := c.o.Step(ctx, "settle", c.untilDone(c.settleOnce)); err != nil {
 		return err
 	}
+	c.hooks.after(ctx)
 	if err := c.o.Step(ctx, "memory", c.saveMemory); err != nil {
 		return err
 	}
@@ -210,7 +211,11 @@ func (c *cut) finishWithMemory(ctx context.Context) error {
 	}
 	c.o.DropReverts()
 	ctx = context.WithoutCancel(ctx)
-	return c.o.Step(ctx, "commit", c.untilDone(c.commit))
+	if err := c.o.Step(ctx, "commit", c.untilDone(c.commit)); err != nil {
+		return err
+	}
+	c.ended(ctx)
+	return nil
 }
 
 // settleOnce settles, and remembers that it has.

@@ -38,6 +38,7 @@ const (
 	warnNotRestorable      = "memory-not-restorable"
 	warnPauseExceeded      = "pause-exceeded"
 	warnLayersKept         = "layers-kept"
+	warnHook               = "hook-failed"
 )
 
 // overlayReserve is what must be free where an overlay is made: its metadata

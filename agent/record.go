@@ -16,6 +16,7 @@ import (
 func (a *Agent) begin(ctx context.Context, spec op.Spec, recipe op.Recipe) (op.Record, error) {
 	return a.ops.Start(ctx, spec, func(ctx context.Context, o *op.Op) error {
 		a.reportEnd(ctx, o.ID())
+		o.OnFailure(a.hooksOf(o, a.byID(spec.VMID), spec.Kind, spec.UID).failed)
 		return recipe(ctx, o)
 	})
 }

@@ -65,6 +65,7 @@ func (a *Agent) recover(ctx context.Context) {
 		v := a.vms[rec.VMID]
 		err := a.ops.Resume(rec, func(ctx context.Context, o *op.Op) error {
 			a.reportEnd(ctx, o.ID())
+			o.OnFailure(a.hooksOf(o, v, rec.Kind, rec.UID).failed)
 			return a.recoverOne(ctx, o, v, rec)
 		})
 		if err != nil {
@@ -116,18 +117,19 @@ func (a *Agent) giveUpRecovery() {
 // recoverOne brings one unfinished operation to its end.
 func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) error {
 	interrupted := errInterrupted()
+	entries, err := a.journalOf(ctx, o)
+	if err != nil {
+		return err
+	}
+	a.recoverHooks(ctx, o, entries) // the guest is thawed
 	if v == nil || rec.Kind == op.KindFreeze {
 		return interrupted // the lease has been dealt with already
 	}
 	if err := awaitLaunchGuard(ctx, a.launchGuardLock(rec.ID)); err != nil {
 		return err
 	}
-	var entries []op.Entry
 	var done string // the snapshot, when only the settling may be missing
-	err := a.untilRecovered(ctx, o, func(ctx context.Context) (err error) {
-		if entries, err = a.catalog.Journal(ctx, rec.ID); err != nil {
-			return err
-		}
+	err = a.untilRecovered(ctx, o, func(ctx context.Context) (err error) {
 		if done, err = a.committed(ctx, v, rec.ID); err != nil || done == "" && rec.Kind != op.KindSettle {
 			return err
 		}
@@ -140,9 +142,11 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return interrupted
 	case done != "":
 		o.SetSnapshot(done)
+		a.recoverEnded(ctx, o, v, rec, entries, done)
 		return nil
 	}
 	c := &cut{Agent: a, o: o, vm: v, cutAt: rec.Started}
+	c.hooked()
 	last, sent, err := c.load(ctx, rec, entries)
 	if err != nil {
 		return err
@@ -166,7 +170,20 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return errors.Join(o.Step(ctx, "take back", c.takeBack), interrupted)
 	}
 	c.warn(warnAdopted, "", "vmsnapd ended after the cut; the snapshot was completed when it came back")
-	return c.finish(ctx)
+	if err := c.finish(ctx); err != nil {
+		return err
+	}
+	c.ended(ctx)
+	return nil
+}
+
+// journalOf returns what an operation that is taken over has journalled.
+func (a *Agent) journalOf(ctx context.Context, o *op.Op) (entries []op.Entry, err error) {
+	err = a.untilRecovered(ctx, o, func(ctx context.Context) error {
+		entries, err = a.catalog.Journal(ctx, o.ID())
+		return err
+	})
+	return entries, err
 }
 
 func errInterrupted() error {
@@ -191,6 +208,7 @@ func (c *cut) load(ctx context.Context, rec op.Record, entries []op.Entry) (p pr
 	if err := json.Unmarshal(rec.Request, &c.req); err != nil {
 		return p, false, err
 	}
+	c.req.UID, c.hooks.in.Operation.UID, c.hooks.in.Recovered = rec.UID, rec.UID, true
 	c.quiesce = catalog.Quiesce{Requested: string(c.req.Quiesce), Reason: "vmsnapd ended before the guest confirmed that it was frozen at the cut"}
 	for _, e := range entries {
 		switch e.Kind {

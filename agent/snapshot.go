@@ -10,6 +10,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/hook"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/blockdev"
 	"github.com/vmsnap/vmsnap/freeze"
@@ -59,6 +60,7 @@ func (a *Agent) snapshot(ctx context.Context, o *op.Op, v *vm, req SnapshotReque
 		return err
 	}
 	c.run, c.disks, c.excluded, c.partial, c.memory = p.run, p.disks, p.excluded, p.partial, p.memory
+	c.hooked()
 	if !p.live {
 		return c.takeStopped(ctx, p.plan.Consistency == catalog.Offline)
 	}
@@ -84,8 +86,10 @@ type cut struct {
 	guard    *freeze.Guard // nil when nothing is frozen
 	launch   *launchGuard  // from before the transaction until the launch paths are right
 	memory   *memory       // nil when memory is not saved
-	done     bool          // the transaction took place
-	settled  bool          // for good
+	hooks    *hooks
+	taken    *catalog.Snapshot // once it is in the catalog
+	done     bool              // the transaction took place
+	settled  bool              // for good
 	frozen   freeze.Frozen
 	cutAt    time.Time
 }
@@ -124,13 +128,18 @@ func (c *cut) take(ctx context.Context, cannotFreeze string) error {
 			err = errors.Join(err, c.release(whole))
 		}
 	}
+	defer c.hooks.after(whole) // when it has not come to where they belong
 	switch {
 	case err != nil:
 		return err
 	case c.memory != nil:
 		return c.finishWithMemory(ctx)
 	default:
-		return c.finish(whole)
+		if err := c.finish(whole); err != nil {
+			return err
+		}
+		c.ended(whole)
+		return nil
 	}
 }
 
@@ -146,11 +155,14 @@ func (c *cut) steps(cannotFreeze string) int {
 	if c.req.Compress {
 		n++
 	}
-	return n
+	return n + c.hooks.count(hook.PreFreeze, hook.PostThaw, hook.PostSnapshot)
 }
 
 // toCut does everything up to the cut, and the cut.
 func (c *cut) toCut(ctx context.Context, cannotFreeze string) error {
+	if err := c.hooks.before(ctx, hook.PreFreeze, hook.PostThaw); err != nil {
+		return err
+	}
 	if cannotFreeze != "" {
 		c.notQuiesced(cannotFreeze)
 	} else if c.req.Quiesce != QuiesceNone {

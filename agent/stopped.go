@@ -9,6 +9,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/hook"
 	"github.com/vmsnap/vmsnap/blockdev"
 )
 
@@ -102,7 +103,7 @@ func stoppedDisk(d catalog.Disk, active catalog.Layer, overlays string) (*cutDis
 // locks keep a QEMU that starts meanwhile from opening the disks.
 func (c *cut) takeStopped(ctx context.Context, offline bool) (err error) {
 	o := c.o
-	o.Plan(5)
+	o.Plan(5 + c.hooks.count(hook.PostSnapshot))
 	c.offline = offline
 	if !c.offline {
 		c.quiesce.Reason = "the VM is stopped, and nobody saw its guest shut down"
@@ -157,7 +158,11 @@ func (c *cut) takeStopped(ctx context.Context, offline bool) (err error) {
 		return err
 	}
 	locks = nil
-	return c.convertStopped(ctx)
+	if err := c.convertStopped(ctx); err != nil {
+		return err
+	}
+	c.ended(ctx)
+	return nil
 }
 
 // buildStopped makes the overlays with qemu-img.

@@ -261,6 +261,13 @@ func (a *Agent) runOf(p discover.Process) (*vm, *run) {
 	return nil, nil
 }
 
+// byID returns the VM of a catalog id, or nil.
+func (a *Agent) byID(id string) *vm {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	return a.vms[id]
+}
+
 // find returns the VM of a name, UUID or id.
 func (a *Agent) find(ref string) (*vm, error) {
 	a.mu.RLock()

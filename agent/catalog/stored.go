@@ -15,12 +15,13 @@ type storedStep struct {
 	Started int64  `json:"started"` // nanoseconds since 1970 UTC
 	Ended   int64  `json:"ended,omitempty"`
 	Error   string `json:"error,omitempty"`
+	Output  string `json:"output,omitempty"`
 }
 
 func storedSteps(steps []op.Step) []storedStep {
 	out := make([]storedStep, 0, len(steps))
 	for _, s := range steps {
-		out = append(out, storedStep{s.Name, nanos(s.Started), nanos(s.Ended), s.Error})
+		out = append(out, storedStep{s.Name, nanos(s.Started), nanos(s.Ended), s.Error, s.Output})
 	}
 	return out
 }
@@ -35,7 +36,7 @@ func (c stepsColumn) Scan(v any) error {
 	}
 	*c.steps = nil
 	for _, s := range stored {
-		*c.steps = append(*c.steps, op.Step{Name: s.Name, Started: instant(s.Started), Ended: instant(s.Ended), Error: s.Error})
+		*c.steps = append(*c.steps, op.Step{Name: s.Name, Started: instant(s.Started), Ended: instant(s.Ended), Error: s.Error, Output: s.Output})
 	}
 	return nil
 }

@@ -44,6 +44,27 @@ func (o *Op) Cleanup(f func()) {
 	o.cleanups = append(o.cleanups, f)
 }
 
+// OnFailure sets what is called when the operation has failed or was cancelled,
+// and all that could be reverted is. It is not called for an operation that is
+// left to the next daemon. f bounds its own time.
+func (o *Op) OnFailure(f func(ctx context.Context, why Failure)) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.failed = f
+}
+
+// tellFailed calls what OnFailure has set.
+func (o *Op) tellFailed(ctx context.Context, why Failure) {
+	o.mu.Lock()
+	f := o.failed
+	o.mu.Unlock()
+	if f == nil {
+		return
+	}
+	// A panic is logged, and the operation ends as it would have.
+	_ = guarded(o, func() error { f(context.WithoutCancel(ctx), why); return nil })
+}
+
 func (o *Op) cleanUp() {
 	o.mu.Lock()
 	cleanups := o.cleanups
@@ -146,8 +167,8 @@ func (o *Op) end(ctx context.Context, err error) {
 		failure.Kind = fault.Failed // nobody cancelled it
 	}
 	undone := o.revertAll(ctx, *failure)
-	o.cleanUp()
 	if errors.Is(undone, ErrLeave) {
+		o.cleanUp()
 		o.leave()
 		return
 	}
@@ -158,6 +179,8 @@ func (o *Op) end(ctx context.Context, err error) {
 			failure.Kind, e = fault.Failed, eventFail
 		}
 	}
+	o.cleanUp()
+	o.tellFailed(ctx, *failure)
 	o.close(ctx, e, failure)
 }
 

@@ -36,8 +36,9 @@ type Op struct {
 	unsaved   bool   // it has ended and the store does not know
 	reverts   []reversion
 	cleanups  []func()
-	plan      uint64 // steps announced; 0 when not announced
-	ended     uint64 // steps that have ended
+	failed    func(context.Context, Failure) // may be nil
+	plan      uint64                         // steps announced; 0 when not announced
+	ended     uint64                         // steps that have ended
 	meter     meter
 }
 
@@ -85,6 +86,12 @@ func (o *Op) Step(ctx context.Context, name string, f func(ctx context.Context) 
 	if err := o.proceed(ctx); err != nil {
 		return err
 	}
+	return o.StepInAnyCase(ctx, name, f)
+}
+
+// StepInAnyCase is Step for what is owed also when the operation was cancelled
+// or has failed. The caller gives it a context that has not ended.
+func (o *Op) StepInAnyCase(ctx context.Context, name string, f func(ctx context.Context) error) error {
 	var index int
 	started := time.Now()
 	o.change(func(rec *Record) {
@@ -95,6 +102,15 @@ func (o *Op) Step(ctx context.Context, name string, f func(ctx context.Context) 
 	defer func() { o.endStep(index, name, time.Since(started), err) }()
 	err = f(ctx)
 	return err
+}
+
+// Output records what a program has printed that the newest step ran.
+func (o *Op) Output(text string) {
+	o.change(func(rec *Record) {
+		if n := len(rec.Steps); n > 0 {
+			rec.Steps[n-1].Output = text
+		}
+	})
 }
 
 // proceed returns why no further step may start, or nil.

@@ -77,6 +77,7 @@ type Step struct {
 	Started time.Time
 	Ended   time.Time // zero while it runs
 	Error   string    // empty when it went well
+	Output  string    // of a program that it ran; bounded by whoever ran it
 }
 
 // Progress tells how far an operation is. Total is 0 while it is unknown.

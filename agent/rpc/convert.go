@@ -103,7 +103,7 @@ func progressProto(p op.Progress) *vmsnapv1.Progress {
 }
 
 func stepProto(s op.Step) *vmsnapv1.Step {
-	return &vmsnapv1.Step{Name: text(s.Name), Started: stamp(s.Started), Ended: stamp(s.Ended), Error: text(s.Error)}
+	return &vmsnapv1.Step{Name: text(s.Name), Started: stamp(s.Started), Ended: stamp(s.Ended), Error: text(s.Error), Output: text(s.Output)}
 }
 
 func failureProto(r op.Record) *vmsnapv1.Error {

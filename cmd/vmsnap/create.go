@@ -272,9 +272,13 @@ func (a *app) create(c *creation) error {
 	if !operation.GetPartial() {
 		return nil
 	}
+	why := "a disk that was asked for dropped out"
+	if !snapshot.GetPartial() {
+		why = "it is whole, but a hook that counts has failed"
+	}
 	return &exitError{
 		code:    vmsnapv1.ErrorCode_ERROR_CODE_PARTIAL,
-		message: fmt.Sprintf("%s is partial: a disk that was asked for dropped out", snapshotName(snapshot)),
+		message: fmt.Sprintf("%s is partial: %s", snapshotName(snapshot), why),
 	}
 }
 

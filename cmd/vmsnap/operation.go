@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -175,6 +176,16 @@ func operationDetail(p page, o *vmsnapv1.Operation) {
 		rows = append(rows, row)
 	}
 	p.columns("  ", rows)
+	for _, s := range o.GetSteps() {
+		if s.GetOutput() == "" {
+			continue
+		}
+		p.line("")
+		p.line("Output of %s:", s.GetName())
+		for line := range strings.Lines(s.GetOutput()) {
+			p.line("  %s", strings.TrimRight(line, "\n"))
+		}
+	}
 	warningList(p, o.GetWarnings())
 }
 

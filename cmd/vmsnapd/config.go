@@ -14,6 +14,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/hook"
 	"github.com/vmsnap/vmsnap/agent/rpc"
 )
 
@@ -43,6 +44,11 @@ type config struct {
 	WebhookURL    string
 	WebhookSecret string
 
+	HooksDir        string
+	HookTimeout     time.Duration
+	HookTimeouts    map[string]string
+	HooksFailClosed []string
+
 	ScheduleMaxKeep int
 	ScheduleMaxAge  time.Duration
 
@@ -58,6 +64,7 @@ func (c *config) settings() map[string]any {
 		"log-level": &c.LogLevel, "log-format": &c.LogFormat, "scan-only": &c.ScanOnly, "listed-only": &c.ListedOnly,
 		"event-keep": &c.EventKeep, "event-max-age": &c.EventMaxAge, "event-journal": &c.EventJournal,
 		"webhook-url": &c.WebhookURL, "webhook-secret": &c.WebhookSecret,
+		"hooks-dir": &c.HooksDir, "hook-timeout": &c.HookTimeout, "hook-timeouts": &c.HookTimeouts, "hooks-fail-closed": &c.HooksFailClosed,
 		"schedule-max-keep": &c.ScheduleMaxKeep, "schedule-max-age": &c.ScheduleMaxAge,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
 	}
@@ -87,6 +94,10 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.WebhookSecret, "webhook-secret", "", "`file` with the secret with which posted events are signed")
 	f.IntVar(&c.ScheduleMaxKeep, "schedule-max-keep", 0, "how many snapshots of a VM a schedule may keep (default: any number)")
 	f.DurationVar(&c.ScheduleMaxAge, "schedule-max-age", 0, "how old the snapshots of a schedule may get (default: any age)")
+	f.StringVar(&c.HooksDir, "hooks-dir", "/etc/vmsnap/hooks.d", "`directory` of the programs that are run around operations; empty: none are")
+	f.DurationVar(&c.HookTimeout, "hook-timeout", hook.DefaultTimeout, "how long a hook may take")
+	f.StringToStringVar(&c.HookTimeouts, "hook-timeouts", nil, "how long the hooks of some `phases` may take, such as post-snapshot=1h")
+	f.StringSliceVar(&c.HooksFailClosed, "hooks-fail-closed", []string{string(hook.PreFreeze), string(hook.PreRestore)}, "`phases` of which a hook that fails counts")
 	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look")
 	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw")
 	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything")
@@ -154,6 +165,8 @@ func wanted(to any) string {
 		return "true or false"
 	case *[]string:
 		return "a list of texts"
+	case *map[string]string:
+		return "names with texts"
 	case *int:
 		return "a number"
 	case *time.Duration:
@@ -213,6 +226,9 @@ func (c *config) check() error {
 	}
 	if c.EventMaxAge <= 0 {
 		return c.wrong("event-max-age", "%s is not more than 0", c.EventMaxAge)
+	}
+	if err := c.checkHooks(); err != nil {
+		return err
 	}
 	if c.LogFormat != "text" && c.LogFormat != "json" {
 		return c.wrong("log-format", "%q is not text or json", c.LogFormat)

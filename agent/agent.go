@@ -34,6 +34,7 @@ type Config struct {
 	EventMaxAge  time.Duration // how old they get; 0: DefaultEventMaxAge
 	Sinks        []event.Sink  // where events are passed on to
 	ScheduleCaps ScheduleCaps  // what schedules may keep
+	Limits       op.Limits     // of operations that run at the same time
 	Hooks        HookConfig    // the host's own programs around operations
 	// OnOperation, when not nil, is called with every operation that ends.
 	OnOperation func(op.Record)
@@ -84,7 +85,7 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Logger, catalog: cat, overrides: overrides,
-		ops: op.NewRunner(cat, cfg.Logger.Named("operation")), news: newNews(cat, cfg.Logger.Named("event")),
+		ops: op.NewRunner(cat, cfg.Logger.Named("operation"), op.Limit(cfg.Limits)), news: newNews(cat, cfg.Logger.Named("event")),
 		vms: map[string]*vm{}, reloads: make(chan reloading), stopping: make(chan struct{}),
 		clock: time.Now, scheduler: newScheduler(),
 	}

@@ -32,7 +32,7 @@ func (a *Agent) Freeze(ctx context.Context, req FreezeRequest) (FreezeView, erro
 		return FreezeView{}, err
 	}
 	h := &held{frozen: make(chan FreezeView, 1), thaw: make(chan struct{}, 1)}
-	rec, err := a.begin(ctx, op.Spec{Kind: op.KindFreeze, VMID: v.id, VMName: v.name(), Request: req, UID: req.UID},
+	rec, err := a.begin(ctx, op.Spec{Kind: op.KindFreeze, VMID: v.id, VMName: v.name(), Request: req, UID: req.UID, Light: true},
 		func(ctx context.Context, o *op.Op) error { return a.hold(ctx, o, v, req, h) })
 	if err != nil {
 		return FreezeView{}, err

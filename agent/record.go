@@ -14,11 +14,21 @@ import (
 
 // begin starts an operation and reports its end to the metrics.
 func (a *Agent) begin(ctx context.Context, spec op.Spec, recipe op.Recipe) (op.Record, error) {
+	v := a.byID(spec.VMID)
+	if v != nil && spec.Storage == nil {
+		spec.Storage = v.storage()
+	}
 	return a.ops.Start(ctx, spec, func(ctx context.Context, o *op.Op) error {
-		a.reportEnd(ctx, o.ID())
-		o.OnFailure(a.hooksOf(o, a.byID(spec.VMID), spec.Kind, spec.UID).failed)
+		a.attended(ctx, o, v, spec.Kind, spec.UID)
 		return recipe(ctx, o)
 	})
+}
+
+// attended sees to what every operation has: its end is counted, and the hooks
+// are told when it fails.
+func (a *Agent) attended(ctx context.Context, o *op.Op, v *vm, kind op.Kind, uid uint32) {
+	a.reportEnd(ctx, o.ID())
+	o.OnFailure(a.hooksOf(o, v, kind, uid).failed)
 }
 
 func (a *Agent) reportEnd(ctx context.Context, id string) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
@@ -61,11 +62,16 @@ func (a *Agent) recover(ctx context.Context) {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
 	taken := map[string]bool{}
-	for _, rec := range records {
+	for _, rec := range slices.Backward(records) { // the oldest first: those that wait keep their order
 		v := a.vms[rec.VMID]
+		if rec.State == op.Queued && rec.Started.IsZero() {
+			if err := a.requeue(ctx, v, rec); err != nil {
+				a.log.Error("an operation that waited cannot be taken up", "operation", rec.ID, "vm", rec.VMName, "error", err)
+			}
+			continue
+		}
 		err := a.ops.Resume(rec, func(ctx context.Context, o *op.Op) error {
-			a.reportEnd(ctx, o.ID())
-			o.OnFailure(a.hooksOf(o, v, rec.Kind, rec.UID).failed)
+			a.attended(ctx, o, v, rec.Kind, rec.UID)
 			return a.recoverOne(ctx, o, v, rec)
 		})
 		if err != nil {

@@ -19,8 +19,16 @@ func (a *Agent) settleStopped(ctx context.Context, v *vm) {
 	if !v.needsSettling() {
 		return
 	}
-	_, err := a.begin(ctx, op.Spec{Kind: op.KindSettle, VMID: v.id, VMName: v.name(), Request: struct{}{}},
+	_, err := a.begin(ctx, op.Spec{Kind: op.KindSettle, VMID: v.id, VMName: v.name(), Request: struct{}{}, Light: true}, // it never waits: the VM cannot be started before
 		func(ctx context.Context, o *op.Op) error { return a.settleRecipe(ctx, o, v) })
+	if busy, held := errors.AsType[*op.BusyError](err); held {
+		a.group.Go(func() {
+			if _, err := a.ops.Wait(ctx, busy.Operation); err == nil || fault.Of(err) == fault.NotFound {
+				a.settleStopped(ctx, v)
+			}
+		})
+		return
+	}
 	if err != nil {
 		a.log.Error("the disks of a stopped VM cannot be settled", "vm", v.name(), "error", err)
 	}

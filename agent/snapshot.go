@@ -27,14 +27,19 @@ func (a *Agent) CreateSnapshot(ctx context.Context, req SnapshotRequest) (op.Rec
 		return op.Record{}, err
 	}
 	spec := op.Spec{Kind: op.KindSnapshot, VMID: v.id, VMName: v.name(), Request: req, RequestID: req.RequestID, UID: req.UID}
-	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
+	return a.begin(ctx, spec, a.snapshotRecipe(v, req))
+}
+
+// snapshotRecipe is the recipe of a request that was checked.
+func (a *Agent) snapshotRecipe(v *vm, req SnapshotRequest) op.Recipe {
+	return func(ctx context.Context, o *op.Op) error {
 		v.changing.Lock()
 		o.Cleanup(func() {
 			v.changing.Unlock()
 			a.lookAgain(context.WithoutCancel(ctx), v)
 		})
 		return a.snapshot(ctx, o, v, req)
-	})
+	}
 }
 
 // snapshot is the recipe. It runs alone on its VM.

@@ -28,6 +28,9 @@ func (a *Agent) VerifySnapshot(ctx context.Context, ref string, uid uint32) (op.
 		return op.Record{}, fault.New(fault.Unsupported, "snapshot %s has no memory, and nothing else of it has a checksum", name)
 	}
 	spec := op.Spec{Kind: op.KindVerify, VMName: s.VMName, Request: verifyRequest{s.ID}, UID: uid}
+	if v := a.byID(s.VMID); v != nil {
+		spec.Storage = v.storage()
+	}
 	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
 		o.SetSnapshot(s.ID)
 		return o.Step(ctx, "memory", func(ctx context.Context) error {

@@ -27,6 +27,13 @@
 // operation starts until it was recorded: after a restart recovery finds the
 // operation unfinished and asks the world what became of it.
 //
+// # Waiting
+//
+// A Runner has limits, and operations beyond them wait in the state queued. They
+// hold their VM already, show where they stand, and can be cancelled. The store
+// knows them from the start: when the daemon stops they stay queued there, and
+// the next one takes them up in the same order with Requeue.
+//
 // # Cancelling
 //
 // Cancel answers at once and cancels the recipe's context. The recipe returns

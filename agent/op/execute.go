@@ -27,7 +27,10 @@ func (o *Op) launch(ctx context.Context, recipe Recipe) {
 	go func() {
 		defer close(o.done)
 		defer abort(errEnded)
-		err := o.begin(ctx)
+		err := o.awaitTurn(ctx)
+		if err == nil {
+			err = o.begin(ctx)
+		}
 		if err == nil {
 			err = guarded(o, func() error { return recipe(ctx, o) })
 		}

@@ -18,6 +18,7 @@ type Op struct {
 	runner *Runner
 	id     string
 	vmID   string
+	turn   *turn // nil: it runs without
 	log    hclog.Logger
 
 	done    chan struct{} // closed when it has ended

@@ -57,6 +57,7 @@ type Record struct {
 	Started   time.Time // zero until it runs
 	Ended     time.Time // zero until it ends
 	Revision  uint64    // grows with every change that a watcher can see
+	Queue     Place     // where it waits for its turn; not stored
 }
 
 // clone returns a copy that shares nothing that changes.

@@ -46,9 +46,13 @@ type Spec struct {
 	Request   any    // recorded as JSON
 	RequestID string // the caller's idempotency key; may be empty
 	UID       uint32 // who asks; request ids are per user
+
+	Light   bool     // it costs the host next to nothing, and never waits for its turn
+	Storage []string // file systems and devices that it loads
 }
 
-// Runner runs operations, at most one at a time on each VM.
+// Runner runs operations, at most one at a time on each VM, and no more at a time
+// than its limits let.
 type Runner struct {
 	store         Store
 	log           hclog.Logger
@@ -60,7 +64,8 @@ type Runner struct {
 	mu       sync.Mutex
 	stopping bool
 	ops      map[string]*Op // by id: those that run, and those whose end is not recorded
-	byVM     map[string]*Op // by VM id: those that run
+	byVM     map[string]*Op // by VM id: those that run, or wait for their turn
+	queue    queue
 }
 
 // Option changes how a Runner works.
@@ -119,12 +124,13 @@ func (r *Runner) Start(ctx context.Context, spec Spec, recipe Recipe) (Record, e
 	if err != nil {
 		return Record{}, err
 	}
-	o, err := r.take(rec)
+	o, err := r.take(rec, spec)
 	if err != nil {
 		return Record{}, r.reject(ctx, rec, err)
 	}
+	rec = o.record()
 	o.launch(ctx, recipe)
-	return rec.clone(), nil
+	return rec, nil
 }
 
 // replay returns the operation that the request id stands for.
@@ -203,8 +209,9 @@ func (r *Runner) freeID(ctx context.Context) (string, error) {
 	}
 }
 
-// take makes an operation out of a record and holds its VM for it.
-func (r *Runner) take(rec Record) (*Op, error) {
+// take makes an operation out of a record, holds its VM for it, and has it wait
+// for its turn.
+func (r *Runner) take(rec Record, spec Spec) (*Op, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if err := r.admitLocked(rec.VMID, rec.VMName); err != nil {
@@ -214,6 +221,9 @@ func (r *Runner) take(rec Record) (*Op, error) {
 	r.ops[rec.ID] = o
 	if rec.VMID != "" {
 		r.byVM[rec.VMID] = o
+	}
+	if o.turn = newTurn(spec); o.turn != nil {
+		r.queue.enter(o)
 	}
 	return o, nil
 }
@@ -241,7 +251,7 @@ func (r *Runner) Resume(rec Record, recipe Recipe) error {
 	if r.live(rec.ID) != nil {
 		return fault.New(fault.Usage, "resume operation %s: it runs already", rec.ID)
 	}
-	o, err := r.take(rec.clone())
+	o, err := r.take(rec.clone(), Spec{Light: true})
 	if err != nil {
 		return fmt.Errorf("resume operation %s: %w", rec.ID, err)
 	}
@@ -309,16 +319,21 @@ func (r *Runner) Cancel(ctx context.Context, id string) (Record, error) {
 	return rec, abandoned(rec)
 }
 
-// Shutdown ends all work: it lets no operation start, cancels those that are
-// not past their point of no return, and waits until all have ended. When ctx
+// Shutdown ends all work: it lets no operation start, leaves those that wait for
+// their turn to the next daemon, cancels those that are not past their point of no return, and waits until all have ended. When ctx
 // ends first it fails and names those that still run; they stay unfinished in
 // the store.
 func (r *Runner) Shutdown(ctx context.Context) error {
 	r.mu.Lock()
 	r.stopping = true
+	waiting := slices.Clone(r.queue.waiting)
+	r.dismiss()
 	ops := slices.Collect(maps.Values(r.ops))
 	r.mu.Unlock()
 	for _, o := range ops {
+		if slices.Contains(waiting, o) {
+			continue
+		}
 		if _, err := o.cancel("vmsnapd is stopping"); err != nil {
 			o.log.Info("waiting for the operation to end", "because", err)
 		}
@@ -370,6 +385,7 @@ func (r *Runner) free(o *Op) {
 	if r.byVM[o.vmID] == o {
 		delete(r.byVM, o.vmID)
 	}
+	r.queue.end(o)
 }
 
 // forget drops an operation whose end is recorded.

@@ -95,6 +95,9 @@ func operationProto(r op.Record) *vmsnapv1.Operation {
 		Started:    stamp(r.Started),
 		Ended:      stamp(r.Ended),
 		Revision:   r.Revision,
+
+		QueuePosition: uint32(max(r.Queue.Position, 0)),
+		QueueReason:   text(r.Queue.Reason),
 	}
 }
 

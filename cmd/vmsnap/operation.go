@@ -86,6 +86,9 @@ func operationVM(o *vmsnapv1.Operation) string {
 }
 
 func operationState(o *vmsnapv1.Operation) string {
+	if n := o.GetQueuePosition(); n > 0 {
+		return fmt.Sprintf("%s,%d", word(o.GetState()), n)
+	}
 	if o.GetPartial() {
 		return word(o.GetState()) + ",partial"
 	}
@@ -147,6 +150,7 @@ func operationDetail(p page, o *vmsnapv1.Operation) {
 		"Kind", o.GetKind(),
 		"VM", operationVM(o),
 		"State", operationState(o),
+		"Waits for", o.GetQueueReason(),
 		"Progress", progressText(o.GetProgress()),
 		"Created", p.when(o.GetCreated()),
 		"Took", took(o, p.now),

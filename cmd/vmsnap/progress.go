@@ -38,7 +38,8 @@ type lines struct {
 	mu    sync.Mutex
 	out   io.Writer
 	state vmsnapv1.OperationState
-	ended int // steps that were told of
+	place uint32 // in the queue
+	ended int    // steps that were told of
 }
 
 func (l *lines) update(o *vmsnapv1.Operation) {
@@ -71,10 +72,13 @@ func (l *lines) steps(o *vmsnapv1.Operation, line func(mark string, s *vmsnapv1.
 
 // turn returns what to say of a state that was not there before and that the
 // steps do not tell of. An operation that has just begun is queued for a moment,
-// which is nothing to tell.
+// which is nothing to tell; one that waits for its turn tells where it stands.
 func (l *lines) turn(o *vmsnapv1.Operation) (string, bool) {
-	before := l.state
-	l.state = o.GetState()
+	before, place := l.state, l.place
+	l.state, l.place = o.GetState(), o.GetQueuePosition()
+	if l.place > 0 && l.place != place {
+		return fmt.Sprintf("waits for its turn, at place %d: %s", l.place, o.GetQueueReason()), true
+	}
 	if before == l.state {
 		return "", false
 	}

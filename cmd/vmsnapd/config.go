@@ -49,6 +49,9 @@ type config struct {
 	HookTimeouts    map[string]string
 	HooksFailClosed []string
 
+	MaxOperations           int
+	MaxOperationsPerStorage int
+
 	ScheduleMaxKeep int
 	ScheduleMaxAge  time.Duration
 
@@ -65,6 +68,7 @@ func (c *config) settings() map[string]any {
 		"event-keep": &c.EventKeep, "event-max-age": &c.EventMaxAge, "event-journal": &c.EventJournal,
 		"webhook-url": &c.WebhookURL, "webhook-secret": &c.WebhookSecret,
 		"hooks-dir": &c.HooksDir, "hook-timeout": &c.HookTimeout, "hook-timeouts": &c.HookTimeouts, "hooks-fail-closed": &c.HooksFailClosed,
+		"max-operations": &c.MaxOperations, "max-operations-per-storage": &c.MaxOperationsPerStorage,
 		"schedule-max-keep": &c.ScheduleMaxKeep, "schedule-max-age": &c.ScheduleMaxAge,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
 	}
@@ -98,6 +102,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.DurationVar(&c.HookTimeout, "hook-timeout", hook.DefaultTimeout, "how long a hook may take")
 	f.StringToStringVar(&c.HookTimeouts, "hook-timeouts", nil, "how long the hooks of some `phases` may take, such as post-snapshot=1h")
 	f.StringSliceVar(&c.HooksFailClosed, "hooks-fail-closed", []string{string(hook.PreFreeze), string(hook.PreRestore)}, "`phases` of which a hook that fails counts")
+	f.IntVar(&c.MaxOperations, "max-operations", 0, "how many operations run at the same time (default: any number)")
+	f.IntVar(&c.MaxOperationsPerStorage, "max-operations-per-storage", 0, "how many of them on the same file system or device (default: any number)")
 	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look")
 	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw")
 	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything")
@@ -217,6 +223,12 @@ func (c *config) check() error {
 	}
 	if c.EventKeep < 1 {
 		return c.wrong("event-keep", "%d is less than 1", c.EventKeep)
+	}
+	if c.MaxOperations < 0 {
+		return c.wrong("max-operations", "%d is less than 0", c.MaxOperations)
+	}
+	if c.MaxOperationsPerStorage < 0 {
+		return c.wrong("max-operations-per-storage", "%d is less than 0", c.MaxOperationsPerStorage)
 	}
 	if c.ScheduleMaxKeep < 0 {
 		return c.wrong("schedule-max-keep", "%d is less than 0", c.ScheduleMaxKeep)

@@ -67,6 +67,8 @@ func TestConfigErrorsNameTheSetting(t *testing.T) {
 		"log-format: xml\n":                           "vmsnapd.yaml:1: log-format: ",
 		"socket: /" + strings.Repeat("x", 110) + "\n": "vmsnapd.yaml:1: socket: ",
 		"metrics-listen: localhost\n":                 "vmsnapd.yaml:1: metrics-listen: ",
+		"max-operations: -1\n":                        "vmsnapd.yaml:1: max-operations: ",
+		"max-operations-per-storage: many\n":          "vmsnapd.yaml:1: max-operations-per-storage: must be a number",
 		"hooks-dir: hooks.d\n":                        "vmsnapd.yaml:1: hooks-dir: ",
 		"hooks-fail-closed: [pre-frees]\n":            `vmsnapd.yaml:1: hooks-fail-closed: "pre-frees" is no phase; known are [pre-freeze `,
 		"hooks-fail-closed: [on-failure]\n":           "vmsnapd.yaml:1: hooks-fail-closed: ",

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/agent/rpc"
 	"github.com/vmsnap/vmsnap/api/client"
 	"github.com/vmsnap/vmsnap/freeze"
@@ -189,7 +190,7 @@ func openAgent(ctx context.Context, c config, m *metrics.Metrics, log hclog.Logg
 		PauseGuard: []string{guards.Executable[0], "pause-guard", "--log-level", c.LogLevel, "--log-format", c.LogFormat},
 		ScanOnly:   c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
 		EventKeep: c.EventKeep, EventMaxAge: c.EventMaxAge, Sinks: sinks,
-		Hooks:        c.hooks(),
+		Hooks: c.hooks(), Limits: op.Limits{Operations: c.MaxOperations, PerStorage: c.MaxOperationsPerStorage},
 		ScheduleCaps: agent.ScheduleCaps{Keep: c.ScheduleMaxKeep, MaxAge: c.ScheduleMaxAge},
 		OnOperation:  m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow, OnPause: m.ObservePause,
 	})

@@ -2120,7 +2120,11 @@ type Operation struct {
 	Started    *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=started,proto3" json:"started,omitempty"`
 	Ended      *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=ended,proto3" json:"ended,omitempty"`
 	// Grows with each change.
-	Revision      uint64 `protobuf:"varint,17,opt,name=revision,proto3" json:"revision,omitempty"`
+	Revision uint64 `protobuf:"varint,17,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Where it waits for its turn, from 1. 0 when it does not wait.
+	QueuePosition uint32 `protobuf:"varint,18,opt,name=queue_position,json=queuePosition,proto3" json:"queue_position,omitempty"`
+	// What it waits for. Empty when it does not wait.
+	QueueReason   string `protobuf:"bytes,19,opt,name=queue_reason,json=queueReason,proto3" json:"queue_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2272,6 +2276,20 @@ func (x *Operation) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *Operation) GetQueuePosition() uint32 {
+	if x != nil {
+		return x.QueuePosition
+	}
+	return 0
+}
+
+func (x *Operation) GetQueueReason() string {
+	if x != nil {
+		return x.QueueReason
+	}
+	return ""
 }
 
 // Step is one named part of an operation.
@@ -2602,7 +2620,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x06format\x18\x04 \x01(\tR\x06format\x12!\n" +
 	"\fvirtual_size\x18\x05 \x01(\x04R\vvirtualSize\x12\x1a\n" +
 	"\bexcluded\x18\x06 \x01(\bR\bexcluded\x12\x1c\n" +
-	"\tallocated\x18\a \x01(\x04R\tallocated\"\xe4\x04\n" +
+	"\tallocated\x18\a \x01(\x04R\tallocated\"\xae\x05\n" +
 	"\tOperation\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x13\n" +
@@ -2623,7 +2641,9 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\acreated\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x124\n" +
 	"\astarted\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x120\n" +
 	"\x05ended\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\x12\x1a\n" +
-	"\brevision\x18\x11 \x01(\x04R\brevision\"\xb0\x01\n" +
+	"\brevision\x18\x11 \x01(\x04R\brevision\x12%\n" +
+	"\x0equeue_position\x18\x12 \x01(\rR\rqueuePosition\x12!\n" +
+	"\fqueue_reason\x18\x13 \x01(\tR\vqueueReason\"\xb0\x01\n" +
 	"\x04Step\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\astarted\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x120\n" +

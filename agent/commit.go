@@ -10,6 +10,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/blockdev"
+	"github.com/vmsnap/vmsnap/monitor"
 )
 
 // The journal entries of a snapshot.
@@ -80,18 +81,27 @@ func (c *cut) reopenBacking(ctx context.Context, d *cutDisk) error {
 	if d.reopened() {
 		return nil
 	}
-	if !c.session.AtLeast(9, 0) {
-		var threads []struct {
-			ID string `json:"id"`
-		}
-		if err := c.session.Execute(ctx, "query-iothreads", nil, &threads); err != nil {
-			return err
-		}
-		if len(threads) > 0 {
-			return errReopenCrashes
-		}
+	if err := crashesAtReopen(ctx, c.session); err != nil {
+		return err
 	}
 	return d.reopenBacking(ctx, c.session)
+}
+
+// crashesAtReopen fails with errReopenCrashes where that may happen.
+func crashesAtReopen(ctx context.Context, s *monitor.Session) error {
+	if s.AtLeast(9, 0) {
+		return nil
+	}
+	var threads []struct {
+		ID string `json:"id"`
+	}
+	if err := s.Execute(ctx, "query-iothreads", nil, &threads); err != nil {
+		return err
+	}
+	if len(threads) > 0 {
+		return errReopenCrashes
+	}
+	return nil
 }
 
 // protect makes the covered layer immutable, or at least read-only, unless
@@ -117,7 +127,7 @@ func (c *cut) commit(ctx context.Context) error {
 	s := catalog.Snapshot{
 		ID: newID(), VMID: c.vm.id, VMName: c.vm.name(), Name: c.req.Name, Description: c.req.Description,
 		Labels: c.req.Labels, Created: c.cutAt, Consistency: c.consistency(), Quiesce: c.quiesce,
-		Warnings: c.warnings, Operation: c.o.ID(), Config: c.config, Partial: c.partial,
+		Warnings: c.warnings, Operation: c.o.ID(), Config: c.config, Partial: c.partial, Automatic: c.automatic,
 	}
 	if c.memory != nil {
 		s.Memory = c.memory.saved
@@ -234,7 +244,7 @@ func (d *cutDisk) layers(operation string, base catalog.Layer) ([]catalog.Layer,
 	base.Path, base.Format = d.baseDir.Path(d.Base), d.BaseFormat
 	base.Covered, base.Immutable = true, d.immutable
 	return []catalog.Layer{base, {
-		ID: d.OverlayID, DiskID: d.DiskID, Parent: base.ID, Path: d.overlayDir.Path(d.Overlay), Format: "qcow2",
+		ID: d.OverlayID, DiskID: d.DiskID, Parent: d.parent(), Path: d.overlayDir.Path(d.Overlay), Format: "qcow2",
 		VirtualSize: d.Size, Dev: oi.Dev, Ino: oi.Ino, Operation: operation, Created: time.Now(),
 	}}, nil
 }

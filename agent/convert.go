@@ -180,11 +180,11 @@ func recoverEntry[T any](ctx context.Context, o *op.Op, e op.Entry, recover func
 }
 
 func (a *Agent) recoverConversion(ctx context.Context, o *op.Op, c conversion) error {
-	chain, err := a.chain(ctx, c.Old)
+	covered, err := a.catalog.CoveredLayers(ctx, c.Disk.ID)
 	if err != nil {
 		return err
 	}
-	for _, l := range chain[1:] { // the flag of one may have been lifted when the host died
+	for _, l := range covered { // the flag of one may have been lifted when the host died
 		if !l.Immutable || l.Foreign {
 			continue
 		}

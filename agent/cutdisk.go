@@ -36,6 +36,9 @@ type cutDisk struct {
 	Size       uint64 // virtual size, bytes
 	Options    blockdev.Options
 	Settle     Settle
+	On         []below  // what the overlay lies on instead of the base, the newest first; empty in a snapshot
+	Ours       bool     // the base was made by the agent; set for a restore
+	Opened     []string // what a running QEMU calls the layers that a restore takes from it
 
 	dir        *blockdev.Dir // of the launch path
 	baseDir    *blockdev.Dir // may be the same, as overlayDir may
@@ -182,12 +185,32 @@ func (c *cutDisk) leftOut() catalog.SnapshotDisk {
 	return catalog.SnapshotDisk{DiskID: c.DiskID, Device: c.Device, Size: c.Size, Excluded: true}
 }
 
+// below is a layer that a restore lays an overlay on.
+type below struct {
+	ID     string // the catalog's
+	Path   string
+	Format string
+	Device bool
+}
+
+// parent returns the id of the layer that the overlay lies on.
+func (c *cutDisk) parent() string {
+	if len(c.On) > 0 {
+		return c.On[0].ID
+	}
+	return c.BaseID
+}
+
 // overlay describes the new layer to QEMU.
 func (c *cutDisk) overlay() blockdev.Overlay {
-	return blockdev.Overlay{
+	o := blockdev.Overlay{
 		Path: c.overlayDir.Path(c.Overlay), Node: nodePrefix + c.OverlayID, Size: c.Size,
 		BasePath: c.baseDir.Path(c.Base), BaseFormat: c.BaseFormat, Options: c.Options,
 	}
+	if len(c.On) > 0 {
+		o.BasePath, o.BaseFormat = c.On[0].Path, c.On[0].Format
+	}
+	return o
 }
 
 // makeNames gives the base its permanent name and makes the overlay's file. A

@@ -38,6 +38,8 @@ const (
 	warnNotRestorable      = "memory-not-restorable"
 	warnPauseExceeded      = "pause-exceeded"
 	warnLayersKept         = "layers-kept"
+	warnEnded              = "vm-ended"
+	warnResets             = "reset-does-not-end"
 	warnHook               = "hook-failed"
 )
 
@@ -329,7 +331,7 @@ func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req Snapsho
 		refuse(fault.Failed, "%v", err)
 		return
 	}
-	if err := c.settles(d.rec.SettleNeeded, v.chain(d.active), p); err != nil {
+	if err := c.settles(d.rec.SettleNeeded, v.layersOf(d.active), p); err != nil {
 		p.unfit = append(p.unfit, c)
 		refuse(kindOf(err), "%v", err)
 		return
@@ -337,15 +339,19 @@ func (a *Agent) preflightDisk(v *vm, d *liveDisk, g *blockdev.Graph, req Snapsho
 	p.admit(v, c, req.AllowPartial)
 }
 
-// chain returns a layer with all below it, as they are cached, the newest first.
-func (v *vm) chain(active catalog.Layer) []catalog.Layer {
+// layersOf returns the layers that the launch path of a disk may lead to, the
+// active one first. One that could not be settled may lead to any that was active
+// before.
+func (v *vm) layersOf(active catalog.Layer) []catalog.Layer {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	chain := []catalog.Layer{active}
-	for l := layerOf(v.layers, active.Parent); l.ID != ""; l = layerOf(v.layers, l.Parent) {
-		chain = append(chain, l)
+	may := []catalog.Layer{active}
+	for _, l := range v.layers {
+		if l.DiskID == active.DiskID && l.Covered && !l.Foreign {
+			may = append(may, l)
+		}
 	}
-	return chain
+	return may
 }
 
 // settles fails if the disk could not be settled after the cut, and warns if

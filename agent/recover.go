@@ -151,6 +151,9 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		a.recoverEnded(ctx, o, v, rec, entries, done)
 		return nil
 	}
+	if rec.Kind == op.KindRestore {
+		return a.recoverRestore(ctx, o, v, rec, entries)
+	}
 	c := &cut{Agent: a, o: o, vm: v, cutAt: rec.Started}
 	c.hooked()
 	last, sent, err := c.load(ctx, rec, entries)
@@ -259,7 +262,7 @@ func (c *cut) findProcess(ctx context.Context, p prepared) error {
 		return fault.New(fault.Failed, "VM %s: process %d runs and was not found", c.vm.name(), p.PID)
 	}
 	c.run = r
-	for {
+	for wait := askSoon; ; wait = min(2*wait, askAgain) {
 		s, err := c.vm.monitorOf(r)
 		if err == nil {
 			c.session = s
@@ -269,11 +272,13 @@ func (c *cut) findProcess(ctx context.Context, p prepared) error {
 			c.run = nil
 			return nil
 		}
-		c.o.Logger().Warn("waiting for the VM's monitor", "error", err)
+		if wait == askAgain {
+			c.o.Logger().Warn("waiting for the VM's monitor", "error", err)
+		}
 		select {
 		case <-c.stopping:
 			return op.ErrLeave
-		case <-time.After(askAgain):
+		case <-time.After(wait):
 		}
 	}
 }

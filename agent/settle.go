@@ -120,8 +120,8 @@ func leadsTo(launch, layer string) (bool, error) {
 }
 
 // pointPast makes a launch path lead to a layer when it leads to a covered layer
-// below active. A launch path that leads anywhere else is not ours to
-// change.
+// of the same disk, below active or, since a restore, on another branch. A launch
+// path that leads anywhere else is not ours to change.
 func (a *Agent) pointPast(ctx context.Context, operation, launch, layer string, active catalog.Layer) (err error) {
 	dir, err := blockdev.OpenDir(filepath.Dir(launch), "")
 	if err != nil {
@@ -136,7 +136,7 @@ func (a *Agent) pointPast(ctx context.Context, operation, launch, layer string, 
 	if done, err := leadsTo(launch, layer); err != nil || done {
 		return errors.Join(err, dir.Sync())
 	}
-	chain, err := a.chain(ctx, active)
+	covered, err := a.catalog.CoveredLayers(ctx, active.DiskID)
 	if err != nil {
 		return err
 	}
@@ -144,7 +144,7 @@ func (a *Agent) pointPast(ctx context.Context, operation, launch, layer string, 
 	if err != nil {
 		return err
 	}
-	name, base := filepath.Base(launch), file.in(chain[1:])
+	name, base := filepath.Base(launch), file.in(covered)
 	if base.ID == "" {
 		return fault.New(fault.Unsupported, "its launch path %s leads to another file than to one of its layers",
 			launch).WithHint("put back the file that was there, or remove it and link %s to its name", active.Path)
@@ -222,7 +222,7 @@ func (a *Agent) lockTree(ctx context.Context, active catalog.Layer) (locks []*bl
 				return locks, err
 			}
 		}
-		if err := verifyBacking(layer, parent); err != nil {
+		if err := verifyBacking("", layer, parent); err != nil {
 			return locks, err
 		}
 		if layer.Parent == "" {
@@ -233,12 +233,13 @@ func (a *Agent) lockTree(ctx context.Context, active catalog.Layer) (locks []*bl
 }
 
 // verifyBacking fails unless an image's header names the parent that the
-// catalog knows, in its format, or none when there is none.
-func verifyBacking(layer, parent catalog.Layer) error {
+// catalog knows, in its format, or none when there is none. prefix is where the
+// process that opens them has its file system tree.
+func verifyBacking(prefix string, layer, parent catalog.Layer) error {
 	if layer.Format != "qcow2" {
 		return nil // a raw image names nothing
 	}
-	h, err := blockdev.ReadHeaderFile(layer.Path)
+	h, err := blockdev.ReadHeaderFile(prefix + layer.Path)
 	if err != nil {
 		return err
 	}
@@ -249,7 +250,7 @@ func verifyBacking(layer, parent catalog.Layer) error {
 	if backing == "" {
 		return nil
 	}
-	file, err := fileAt(backing)
+	file, err := fileAt(prefix + backing)
 	if err != nil {
 		return fmt.Errorf("layer %s: its backing file: %w", layer.Path, err)
 	}

@@ -75,28 +75,29 @@ func (a *Agent) snapshot(ctx context.Context, o *op.Op, v *vm, req SnapshotReque
 // cut is a snapshot being taken.
 type cut struct {
 	*Agent
-	o        *op.Op
-	vm       *vm
-	run      *run // nil for a stopped VM
-	session  *monitor.Session
-	req      SnapshotRequest
-	captured configuration   // of a VM that runs
-	config   json.RawMessage // the same, or of a stopped VM what is known
-	disks    []*cutDisk
-	excluded []catalog.SnapshotDisk
-	warnings []op.Warning
-	partial  bool // a disk that was asked for dropped out
-	offline  bool // stopped by a shutdown that was witnessed
-	quiesce  catalog.Quiesce
-	guard    *freeze.Guard // nil when nothing is frozen
-	launch   *launchGuard  // from before the transaction until the launch paths are right
-	memory   *memory       // nil when memory is not saved
-	hooks    *hooks
-	taken    *catalog.Snapshot // once it is in the catalog
-	done     bool              // the transaction took place
-	settled  bool              // for good
-	frozen   freeze.Frozen
-	cutAt    time.Time
+	o         *op.Op
+	vm        *vm
+	run       *run // nil for a stopped VM
+	session   *monitor.Session
+	req       SnapshotRequest
+	captured  configuration   // of a VM that runs
+	config    json.RawMessage // the same, or of a stopped VM what is known
+	disks     []*cutDisk
+	excluded  []catalog.SnapshotDisk
+	warnings  []op.Warning
+	partial   bool // a disk that was asked for dropped out
+	automatic bool // nobody asked for the snapshot
+	offline   bool // stopped by a shutdown that was witnessed
+	quiesce   catalog.Quiesce
+	guard     *freeze.Guard // nil when nothing is frozen
+	launch    *launchGuard  // from before the transaction until the launch paths are right
+	memory    *memory       // nil when memory is not saved
+	hooks     *hooks
+	taken     *catalog.Snapshot // once it is in the catalog
+	done      bool              // the transaction took place
+	settled   bool              // for good
+	frozen    freeze.Frozen
+	cutAt     time.Time
 }
 
 func (c *cut) warn(code, disk, message string) {

@@ -111,7 +111,7 @@ func (c *cut) takeStopped(ctx context.Context, offline bool) (err error) {
 	c.vm.mu.Lock()
 	rec := c.vm.rec
 	c.vm.mu.Unlock()
-	if c.config, err = json.Marshal(configuration{Command: rec.Command, Unit: rec.Unit, UUID: rec.UUID}); err != nil {
+	if c.config, err = storedConfiguration(rec); err != nil {
 		return err
 	}
 	var locks []*blockdev.Lock
@@ -209,4 +209,9 @@ func (c *cut) convertStopped(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// storedConfiguration is what a snapshot of a stopped VM keeps of it.
+func storedConfiguration(rec catalog.VM) (json.RawMessage, error) {
+	return json.Marshal(configuration{Command: rec.Command, Unit: rec.Unit, UUID: rec.UUID})
 }

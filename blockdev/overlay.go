@@ -175,7 +175,7 @@ func (o Overlay) ReopenBacking(ctx context.Context, m Monitor, node, deeper stri
 			return err
 		}
 	}
-	return dropUnused(context.WithoutCancel(ctx), m, otherNames)
+	return DropUnused(context.WithoutCancel(ctx), m, otherNames)
 }
 
 // reopenOn opens the base anew and makes it the overlay's backing.
@@ -206,10 +206,10 @@ func (o Overlay) reopenOn(ctx context.Context, m Monitor, base Overlay, deeper s
 	return nil
 }
 
-// dropUnused deletes the nodes that were opened by one of the names and that
+// DropUnused deletes the nodes that were opened by one of the names and that
 // nothing uses any more. Those of -drive end with their last user, so there may
 // be none.
-func dropUnused(ctx context.Context, m Monitor, names []string) error {
+func DropUnused(ctx context.Context, m Monitor, names []string) error {
 	for {
 		g, err := ReadGraph(ctx, m)
 		if err != nil {

@@ -76,6 +76,7 @@ const (
 	FreezeFailed End = "freeze-failed" // the freeze failed, and the guest answered thawed afterwards
 	ByRecovery   End = "recovered"     // the guard was lost, and another one thawed
 	VMGone       End = "vm-gone"       // the QEMU process ended
+	GuestReset   End = "guest-reset"   // the agent has reset the guest, whose next kernel knows of no freeze
 	Lost         End = "lost"          // no guard could be kept running; the lease file remains
 )
 

@@ -159,6 +159,16 @@ func thawedIn(r report) (Thawed, error) {
 	return *r.Thawed, nil
 }
 
+// GuestReset tells the guard that the guest was reset: the freeze is over, and
+// there may be nobody in the guest who could answer a thaw. When the guard had
+// begun to thaw before, it goes on until it is answered, as after Close.
+func (g *Guard) GuestReset() error {
+	if err := g.pipe.write(orderEnd, sendTimeout); err != nil {
+		g.log.Debug("guard does not take the end", "error", err)
+	}
+	return g.Close()
+}
+
 // late is the answer to a thaw that the guard did not answer, because it was
 // thawing already. It may have answered all the same, just before it ended.
 func (g *Guard) late() (Thawed, error) {

@@ -40,6 +40,9 @@ func (k *keeper) freeze(ctx context.Context) Outcome {
 	select {
 	case <-k.thawAsked:
 		return k.thaw(count)
+	case <-k.endAsked:
+		k.forget()
+		return Outcome{End: GuestReset, Reason: "the guest was reset"}
 	case <-lease.C:
 		return k.thawUntilAnswered(LeaseExpired, fmt.Sprintf("the lease of %s ended before the thaw was asked for", k.Request.Lease))
 	case <-k.Request.QEMU.ended(k.Request.Lease):

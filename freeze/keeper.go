@@ -22,6 +22,7 @@ type keeper struct {
 
 	freezeAsked chan struct{} // closed by the order
 	thawAsked   chan struct{} // closed by the order
+	endAsked    chan struct{} // closed by the order
 
 	guest     *qga.Client // nil while there is no connection
 	lease     Lease
@@ -36,13 +37,14 @@ func newKeeper(h hello, agent *pipe, log hclog.Logger) *keeper {
 		hello: h, agent: agent, log: log,
 		freezeAsked: make(chan struct{}),
 		thawAsked:   make(chan struct{}),
+		endAsked:    make(chan struct{}),
 	}
 }
 
 // listen turns orders into events until the pipe closes, and then cancels.
 func (k *keeper) listen(cancel context.CancelFunc) {
 	defer cancel()
-	var freeze, thaw sync.Once
+	var freeze, thaw, end sync.Once
 	for {
 		var o order
 		if err := k.agent.read(&o); err != nil {
@@ -53,6 +55,8 @@ func (k *keeper) listen(cancel context.CancelFunc) {
 			freeze.Do(func() { close(k.freezeAsked) })
 		case orderThaw:
 			thaw.Do(func() { close(k.thawAsked) })
+		case orderEnd:
+			end.Do(func() { close(k.endAsked) })
 		}
 	}
 }

@@ -31,6 +31,7 @@ type order string
 const (
 	orderFreeze order = "freeze"
 	orderThaw   order = "thaw" // also before the freeze is answered, which abandons it
+	orderEnd    order = "end"  // the guest was reset: nothing is frozen any more
 )
 
 // reportKind is what a report is about.

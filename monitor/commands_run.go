@@ -2,6 +2,8 @@ package monitor
 
 import (
 	"context"
+	"fmt"
+	"time"
 
 	"github.com/digitalocean/go-qemu/qmp"
 )
@@ -82,4 +84,67 @@ func (s *Session) Cont(ctx context.Context) error {
 // reset is done, which the event RESET tells. Under -no-reboot it ends QEMU.
 func (s *Session) SystemReset(ctx context.Context) error {
 	return s.Execute(ctx, "system_reset", nil, nil)
+}
+
+// RebootAction is what QEMU does when the guest is reset (qapi/run-state.json,
+// QEMU 6.0).
+type RebootAction string
+
+// The actions at a reset.
+const (
+	RebootReset    RebootAction = "reset"
+	RebootShutdown RebootAction = "shutdown" // what -no-reboot sets
+)
+
+// SetRebootAction changes what a reset does.
+func (s *Session) SetRebootAction(ctx context.Context, action RebootAction) error {
+	return s.Execute(ctx, "set-action", map[string]RebootAction{"reboot": action}, nil)
+}
+
+// resetDeadline bounds the wait for a reset: each device of the machine is
+// reset, some of which wait for I/O that is under way.
+const resetDeadline = 30 * time.Second
+
+// ResetAndWait resets the guest and returns when that is done. It fails with
+// ErrOutcomeUnknown when no RESET comes.
+func (s *Session) ResetAndWait(ctx context.Context) error {
+	sub := s.Subscribe(4, "RESET")
+	defer sub.Close()
+	if err := s.SystemReset(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, resetDeadline)
+	defer cancel()
+	select {
+	case _, ok := <-sub.C:
+		if ok {
+			return nil
+		}
+		return s.Err()
+	case <-ctx.Done():
+		return fmt.Errorf("system_reset: %w: no RESET within %s", ErrOutcomeUnknown, resetDeadline)
+	}
+}
+
+// AwaitGuestReset waits until the guest has reset itself, as the events of a
+// subscription to RESET tell, or the context or the session ends. A nil
+// subscription is one to what comes from now on.
+func (s *Session) AwaitGuestReset(ctx context.Context, sub *Subscription) {
+	if sub == nil {
+		sub = s.Subscribe(8, "RESET")
+		defer sub.Close()
+	}
+	for {
+		select {
+		case e, ok := <-sub.C:
+			var data struct {
+				Guest bool `json:"guest"`
+			}
+			if !ok || e.Decode(&data) == nil && data.Guest {
+				return
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
 }

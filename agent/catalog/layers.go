@@ -59,6 +59,12 @@ func (r reader) Layer(ctx context.Context, id string) (Layer, error) {
 	return l, err
 }
 
+// CoveredLayers returns the layers of a disk that another one lies on, or that
+// are kept for a snapshot.
+func (r reader) CoveredLayers(ctx context.Context, diskID string) ([]Layer, error) {
+	return query(ctx, r, scanLayer, "SELECT "+layerColumns+" FROM layers WHERE disk = ? AND covered <> 0", diskID)
+}
+
 // Layers returns all layers of a VM's disks, the oldest first.
 func (r reader) Layers(ctx context.Context, vmID string) ([]Layer, error) {
 	return query(ctx, r, scanLayer, selectLayer+" JOIN disks d ON d.id = l.disk WHERE d.vm = ? ORDER BY l.created, l.id", vmID)

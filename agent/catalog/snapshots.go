@@ -11,7 +11,7 @@ import (
 
 const snapshotColumns = `id, vm, vm_name, name, description, labels, created, consistency,
 	quiesce_requested, quiesce_reason, quiesce_frozen, quiesce_total, freeze_window,
-	warnings, operation, config, partial, memory`
+	warnings, operation, config, partial, memory, automatic`
 
 // selectSnapshot selects snapshotColumns and the disks as JSON, so that one
 // statement tells a snapshot whole.
@@ -25,7 +25,7 @@ func scanSnapshot(row scanner) (Snapshot, error) {
 	var s Snapshot
 	err := row.Scan(&s.ID, &s.VMID, &s.VMName, &s.Name, &s.Description, jsonColumn{&s.Labels}, timeColumn{&s.Created}, &s.Consistency,
 		&s.Quiesce.Requested, &s.Quiesce.Reason, &s.Quiesce.Frozen, &s.Quiesce.Total, &s.Quiesce.Window,
-		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, diskColumn{&s.Disks})
+		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, &s.Automatic, diskColumn{&s.Disks})
 	return s, err
 }
 
@@ -105,10 +105,10 @@ func (tx *Tx) insertSnapshot(ctx context.Context, s Snapshot) error {
 	if err != nil {
 		return err
 	}
-	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		s.ID, s.VMID, s.VMName, s.Name, s.Description, labels, nanos(s.Created), s.Consistency,
 		s.Quiesce.Requested, s.Quiesce.Reason, s.Quiesce.Frozen, s.Quiesce.Total, int64(s.Quiesce.Window),
-		warnings, s.Operation, string(s.Config), s.Partial, memory)
+		warnings, s.Operation, string(s.Config), s.Partial, memory, s.Automatic)
 	if err != nil {
 		return err
 	}

@@ -80,6 +80,7 @@ type Snapshot struct {
 	Config      json.RawMessage // the VM's configuration at the cut
 	Partial     bool            // a disk that was asked for dropped out
 	Memory      *SavedMemory    // nil when memory was not saved
+	Automatic   bool            // taken by a restore, of the state before
 }
 
 // SavedMemory is the file that holds a guest's memory of the cut's instant.

@@ -16,6 +16,7 @@ const (
 	KindSnapshot Kind = "snapshot" // cut a snapshot
 	KindFreeze   Kind = "freeze"   // hold a guest frozen until it is thawed or its lease ends
 	KindVerify   Kind = "verify"   // compare a snapshot's files with what was recorded
+	KindRestore  Kind = "restore"  // go back to what snapshots hold
 	KindSettle   Kind = "settle"   // point launch paths at the active layers of a stopped VM
 )
 

@@ -25,6 +25,8 @@ type Backend interface {
 	Snapshot(ctx context.Context, ref string) (agent.SnapshotView, error)
 	RenameSnapshot(ctx context.Context, ref, newName string) (agent.SnapshotView, error)
 	VerifySnapshot(ctx context.Context, ref string, uid uint32) (op.Record, error)
+	PlanRestore(ctx context.Context, req agent.RestoreRequest) (agent.RestorePlan, error)
+	RestoreSnapshot(ctx context.Context, req agent.RestoreRequest) (op.Record, error)
 
 	Operations(ctx context.Context, filter agent.OperationFilter) ([]op.Record, error)
 	Operation(ctx context.Context, id string) (op.Record, error)

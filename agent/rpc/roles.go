@@ -26,7 +26,7 @@ const (
 	NoRole   Role = iota // nothing
 	Viewer               // look at VMs, snapshots and operations
 	Operator             // also take and rename snapshots, freeze, thaw and cancel
-	Admin                // also remove records and protections
+	Admin                // also restore, and remove records and protections
 )
 
 // String returns the role's name in the configuration.
@@ -60,6 +60,9 @@ var needed = map[string]Role{
 	vmsnapv1connect.SnapshotServicePlanSnapshotProcedure:   Operator,
 	vmsnapv1connect.SnapshotServiceRenameSnapshotProcedure: Operator,
 	vmsnapv1connect.SnapshotServiceVerifySnapshotProcedure: Operator,
+	vmsnapv1connect.SnapshotServicePlanRestoreProcedure:    Operator,
+	// A restore takes away what was written since.
+	vmsnapv1connect.SnapshotServiceRestoreSnapshotProcedure: Admin,
 
 	vmsnapv1connect.OperationServiceListOperationsProcedure:  Viewer,
 	vmsnapv1connect.OperationServiceGetOperationProcedure:    Viewer,

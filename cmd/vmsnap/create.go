@@ -230,7 +230,11 @@ func (a *app) plan(req *vmsnapv1.CreateSnapshotRequest) error {
 	if err := a.print(planResult(plan)); err != nil {
 		return err
 	}
-	blockers := plan.GetBlockers()
+	return blocked(plan.GetBlockers())
+}
+
+// blocked fails as what is planned would.
+func blocked(blockers []*vmsnapv1.Error) error {
 	if len(blockers) == 0 {
 		return nil
 	}
@@ -244,7 +248,13 @@ func (a *app) plan(req *vmsnapv1.CreateSnapshotRequest) error {
 // create takes a snapshot and stays with it to its end.
 func (a *app) create(c *creation) error {
 	daemon := a.client()
-	began, err := a.begin(daemon, &c.req)
+	began, err := a.begin(c.req.GetRequestId(), func(ctx context.Context) (*vmsnapv1.Operation, error) {
+		res, err := daemon.Snapshots().CreateSnapshot(ctx, connect.NewRequest(&c.req))
+		if err != nil {
+			return nil, err
+		}
+		return res.Msg.GetOperation(), nil
+	})
 	if err != nil {
 		return err
 	}
@@ -292,23 +302,20 @@ func begunResult(o *vmsnapv1.Operation) result {
 	return r
 }
 
-// begin starts the operation. An interrupt does not cut it off, since then
-// nobody would know whether there is an operation to cancel.
-func (a *app) begin(daemon *client.Client, req *vmsnapv1.CreateSnapshotRequest) (*vmsnapv1.Operation, error) {
+// begin starts an operation. An interrupt does not cut it off, since then nobody
+// would know whether there is an operation to cancel.
+func (a *app) begin(requestID string, call func(context.Context) (*vmsnapv1.Operation, error)) (*vmsnapv1.Operation, error) {
 	ctx, cancel := context.WithTimeout(a.forced, callTimeout)
 	defer cancel()
-	res, err := daemon.Snapshots().CreateSnapshot(ctx, connect.NewRequest(req))
-	if err == nil {
-		return res.Msg.GetOperation(), nil
-	}
-	if !client.OutcomeUnknown(err) {
-		return nil, err
+	operation, err := call(ctx)
+	if err == nil || !client.OutcomeUnknown(err) {
+		return operation, err
 	}
 	code, message, _ := explain(err)
 	return nil, &exitError{
 		code:    code,
 		message: message,
-		hint:    "it may have begun all the same; the same command with --request-id " + req.GetRequestId() + " finds out",
+		hint:    "it may have begun all the same; the same command with --request-id " + requestID + " finds out",
 		err:     err,
 	}
 }

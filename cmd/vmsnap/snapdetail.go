@@ -147,13 +147,7 @@ func planResult(plan *vmsnapv1.Plan) result {
 		p.columns("  ", rows)
 		memoryPlan(p, plan.GetMemory())
 		warningList(p, plan.GetWarnings())
-		if len(plan.GetBlockers()) > 0 {
-			p.line("")
-			p.line("Would be refused:")
-		}
-		for _, b := range plan.GetBlockers() {
-			p.advice(b.GetMessage(), b.GetHint())
-		}
+		blockerList(p, plan.GetBlockers())
 		return nil
 	}}
 }
@@ -168,5 +162,16 @@ func settleText(settle string) string {
 		return "at once"
 	default:
 		return settle
+	}
+}
+
+// blockerList shows why what is planned would be refused.
+func blockerList(p page, blockers []*vmsnapv1.Error) {
+	if len(blockers) > 0 {
+		p.line("")
+		p.line("Would be refused:")
+	}
+	for _, b := range blockers {
+		p.advice(b.GetMessage(), b.GetHint())
 	}
 }

@@ -94,7 +94,7 @@ func (h *host) settled(vm *still, name string, atCut, newest int, when string) {
 }
 
 // noOrphans verifies that every image beside the VM's disks is a layer of a
-// disk, or the launch path.
+// disk, one that a snapshot holds, or the launch path.
 func (h *host) noOrphans(vm *still, when string) {
 	h.t.Helper()
 	h.eventually(eventLimit, when+": nothing is left over", func() error {
@@ -110,6 +110,15 @@ func (h *host) noOrphans(vm *still, when string) {
 			known[d.GetLaunchPath()] = true
 			for _, l := range d.GetLayers() {
 				known[l.GetPath()] = true
+			}
+		}
+		taken, err := h.Snapshots().ListSnapshots(h.ctx(), connect.NewRequest(&vmsnapv1.ListSnapshotsRequest{Vm: vm.name}))
+		if err != nil {
+			return err
+		}
+		for _, s := range taken.Msg.GetSnapshots() {
+			for _, d := range s.GetDisks() {
+				known[d.GetPath()] = true
 			}
 		}
 		for _, f := range vm.images() {

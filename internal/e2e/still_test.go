@@ -113,7 +113,8 @@ func (s *still) start() {
 			return
 		}
 		// A start that comes too early fails rather than corrupts.
-		if !strings.Contains(err.Error(), `Failed to get "write" lock`) || time.Now().After(deadline) {
+		early := strings.Contains(err.Error(), `Failed to get "write" lock`) || strings.Contains(err.Error(), "No such file or directory")
+		if !early || time.Now().After(deadline) {
 			s.t.Fatal(err)
 		}
 	}

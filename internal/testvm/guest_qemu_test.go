@@ -22,20 +22,8 @@ func soon(t *testing.T) context.Context {
 	return ctx
 }
 
-// onOneQEMU runs a test of what a guest does on any QEMU. The other versions
-// show it in the tests of the packages that use it.
-func onOneQEMU(t *testing.T, f func(t *testing.T, q testvm.QEMU)) {
-	t.Helper()
-	t.Parallel()
-	versions, err := testvm.Versions()
-	if err != nil {
-		t.Fatal(err)
-	}
-	f(t, versions[len(versions)-1])
-}
-
 func TestQEMUExec(t *testing.T) {
-	onOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q})
 		out, err := g.Exec(soon(t), "echo hello; cat /proc/uptime >&2")
 		if err != nil || out != "hello\n" {
@@ -58,7 +46,7 @@ func TestQEMUExec(t *testing.T) {
 }
 
 func TestQEMURestartKeepsWhatIsDurable(t *testing.T) {
-	onOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q})
 		want := bytes.Repeat([]byte("content\n"), 1<<15)
 		if err := g.WriteFile(soon(t), "/mnt/data/file", want); err != nil {

@@ -16,14 +16,16 @@ import (
 // Script replaces what methods of a Backend do. A nil member leaves the method
 // as it is.
 type Script struct {
-	Create func(context.Context, agent.SnapshotRequest) (op.Record, error)
-	Plan   func(context.Context, agent.SnapshotRequest) (agent.Plan, error)
-	Verify func(ctx context.Context, ref string, uid uint32) (op.Record, error)
-	Freeze func(context.Context, agent.FreezeRequest) (agent.FreezeView, error)
-	Thaw   func(context.Context, string) (agent.ThawResult, error)
-	Forget func(context.Context, string, bool) ([]string, error)
-	Cancel func(context.Context, string) (op.Record, error)
-	VM     func(context.Context, string) (agent.VMView, error)
+	Create      func(context.Context, agent.SnapshotRequest) (op.Record, error)
+	Plan        func(context.Context, agent.SnapshotRequest) (agent.Plan, error)
+	Verify      func(ctx context.Context, ref string, uid uint32) (op.Record, error)
+	PlanRestore func(context.Context, agent.RestoreRequest) (agent.RestorePlan, error)
+	Restore     func(context.Context, agent.RestoreRequest) (op.Record, error)
+	Freeze      func(context.Context, agent.FreezeRequest) (agent.FreezeView, error)
+	Thaw        func(context.Context, string) (agent.ThawResult, error)
+	Forget      func(context.Context, string, bool) ([]string, error)
+	Cancel      func(context.Context, string) (op.Record, error)
+	VM          func(context.Context, string) (agent.VMView, error)
 }
 
 // Backend is a backend in memory.
@@ -245,6 +247,22 @@ func (b *Backend) VerifySnapshot(ctx context.Context, ref string, uid uint32) (o
 		return f(ctx, ref, uid)
 	}
 	return op.Record{}, fault.New(fault.Unsupported, "no script for verifying snapshots")
+}
+
+// PlanRestore is an error unless it is scripted.
+func (b *Backend) PlanRestore(ctx context.Context, req agent.RestoreRequest) (agent.RestorePlan, error) {
+	if f := b.scripted().PlanRestore; f != nil {
+		return f(ctx, req)
+	}
+	return agent.RestorePlan{}, fault.New(fault.Unsupported, "no script for planning restores")
+}
+
+// RestoreSnapshot is an error unless it is scripted.
+func (b *Backend) RestoreSnapshot(ctx context.Context, req agent.RestoreRequest) (op.Record, error) {
+	if f := b.scripted().Restore; f != nil {
+		return f(ctx, req)
+	}
+	return op.Record{}, fault.New(fault.Unsupported, "no script for restoring snapshots")
 }
 
 // RenameSnapshot renames a snapshot.

@@ -2115,7 +2115,7 @@ var File_vmsnap_v1_services_proto protoreflect.FileDescriptor
 
 const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\n" +
-	"\x18vmsnap/v1/services.proto\x12\tvmsnap.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15vmsnap/v1/types.proto\"\x10\n" +
+	"\x18vmsnap/v1/services.proto\x12\tvmsnap.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18vmsnap/v1/restores.proto\x1a\x15vmsnap/v1/types.proto\"\x10\n" +
 	"\x0eListVMsRequest\"{\n" +
 	"\x0fListVMsResponse\x12\x1f\n" +
 	"\x03vms\x18\x01 \x03(\v2\r.vmsnap.v1.VMR\x03vms\x12\x1c\n" +
@@ -2266,14 +2266,16 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x06ThawVM\x12\x18.vmsnap.v1.ThawVMRequest\x1a\x19.vmsnap.v1.ThawVMResponse\x12N\n" +
 	"\n" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
-	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse2\x9a\x04\n" +
+	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse2\xcb\x05\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12V\n" +
 	"\fPlanSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a\x1f.vmsnap.v1.PlanSnapshotResponse\"\x03\x90\x02\x01\x12W\n" +
 	"\rListSnapshots\x12\x1f.vmsnap.v1.ListSnapshotsRequest\x1a .vmsnap.v1.ListSnapshotsResponse\"\x03\x90\x02\x01\x12Q\n" +
 	"\vGetSnapshot\x12\x1d.vmsnap.v1.GetSnapshotRequest\x1a\x1e.vmsnap.v1.GetSnapshotResponse\"\x03\x90\x02\x01\x12U\n" +
 	"\x0eRenameSnapshot\x12 .vmsnap.v1.RenameSnapshotRequest\x1a!.vmsnap.v1.RenameSnapshotResponse\x12U\n" +
-	"\x0eVerifySnapshot\x12 .vmsnap.v1.VerifySnapshotRequest\x1a!.vmsnap.v1.VerifySnapshotResponse2\xf7\x02\n" +
+	"\x0eVerifySnapshot\x12 .vmsnap.v1.VerifySnapshotRequest\x1a!.vmsnap.v1.VerifySnapshotResponse\x12X\n" +
+	"\x0fRestoreSnapshot\x12!.vmsnap.v1.RestoreSnapshotRequest\x1a\".vmsnap.v1.RestoreSnapshotResponse\x12U\n" +
+	"\vPlanRestore\x12!.vmsnap.v1.RestoreSnapshotRequest\x1a\x1e.vmsnap.v1.PlanRestoreResponse\"\x03\x90\x02\x012\xf7\x02\n" +
 	"\x10OperationService\x12Z\n" +
 	"\x0eListOperations\x12 .vmsnap.v1.ListOperationsRequest\x1a!.vmsnap.v1.ListOperationsResponse\"\x03\x90\x02\x01\x12T\n" +
 	"\fGetOperation\x12\x1e.vmsnap.v1.GetOperationRequest\x1a\x1f.vmsnap.v1.GetOperationResponse\"\x03\x90\x02\x01\x12W\n" +
@@ -2343,6 +2345,9 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*Error)(nil),                   // 46: vmsnap.v1.Error
 	(Consistency)(0),                // 47: vmsnap.v1.Consistency
 	(*Snapshot)(nil),                // 48: vmsnap.v1.Snapshot
+	(*RestoreSnapshotRequest)(nil),  // 49: vmsnap.v1.RestoreSnapshotRequest
+	(*RestoreSnapshotResponse)(nil), // 50: vmsnap.v1.RestoreSnapshotResponse
+	(*PlanRestoreResponse)(nil),     // 51: vmsnap.v1.PlanRestoreResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	39, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
@@ -2392,29 +2397,33 @@ var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	25, // 44: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
 	27, // 45: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
 	17, // 46: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
-	29, // 47: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	31, // 48: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	33, // 49: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	35, // 50: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	1,  // 51: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 52: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	10, // 53: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	12, // 54: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	14, // 55: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	6,  // 56: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 57: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	16, // 58: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	19, // 59: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	24, // 60: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	26, // 61: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	28, // 62: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	18, // 63: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	30, // 64: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	32, // 65: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	34, // 66: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	36, // 67: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	51, // [51:68] is the sub-list for method output_type
-	34, // [34:51] is the sub-list for method input_type
+	49, // 47: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	49, // 48: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	29, // 49: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	31, // 50: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	33, // 51: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	35, // 52: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	1,  // 53: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 54: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	10, // 55: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	12, // 56: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	14, // 57: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	6,  // 58: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 59: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	16, // 60: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	19, // 61: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	24, // 62: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	26, // 63: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	28, // 64: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	18, // 65: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	50, // 66: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	51, // 67: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	30, // 68: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	32, // 69: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	34, // 70: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	36, // 71: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	53, // [53:72] is the sub-list for method output_type
+	34, // [34:53] is the sub-list for method input_type
 	34, // [34:34] is the sub-list for extension type_name
 	34, // [34:34] is the sub-list for extension extendee
 	0,  // [0:34] is the sub-list for field type_name
@@ -2425,6 +2434,7 @@ func file_vmsnap_v1_services_proto_init() {
 	if File_vmsnap_v1_services_proto != nil {
 		return
 	}
+	file_vmsnap_v1_restores_proto_init()
 	file_vmsnap_v1_types_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{

@@ -1407,6 +1407,8 @@ type Snapshot struct {
 	Partial     bool                   `protobuf:"varint,13,opt,name=partial,proto3" json:"partial,omitempty"`
 	// Absent when memory was not saved.
 	Memory *SnapshotMemory `protobuf:"bytes,14,opt,name=memory,proto3" json:"memory,omitempty"`
+	// Taken by a restore, of the state before.
+	Automatic bool `protobuf:"varint,18,opt,name=automatic,proto3" json:"automatic,omitempty"`
 	// What it takes. Absent until it has been measured, and when it cannot be.
 	Space *SnapshotSpace `protobuf:"bytes,15,opt,name=space,proto3" json:"space,omitempty"`
 	// Where it stands in the tree of the VM's snapshots.
@@ -1544,6 +1546,13 @@ func (x *Snapshot) GetMemory() *SnapshotMemory {
 		return x.Memory
 	}
 	return nil
+}
+
+func (x *Snapshot) GetAutomatic() bool {
+	if x != nil {
+		return x.Automatic
+	}
+	return false
 }
 
 func (x *Snapshot) GetSpace() *SnapshotSpace {
@@ -2555,7 +2564,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\aProblem\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
-	"\x04hint\x18\x03 \x01(\tR\x04hint\"\xeb\x05\n" +
+	"\x04hint\x18\x03 \x01(\tR\x04hint\"\x89\x06\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
 	"\x05vm_id\x18\x02 \x01(\tR\x04vmId\x12\x17\n" +
@@ -2571,7 +2580,8 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\foperation_id\x18\v \x01(\tR\voperationId\x12-\n" +
 	"\x05disks\x18\f \x03(\v2\x17.vmsnap.v1.SnapshotDiskR\x05disks\x12\x18\n" +
 	"\apartial\x18\r \x01(\bR\apartial\x121\n" +
-	"\x06memory\x18\x0e \x01(\v2\x19.vmsnap.v1.SnapshotMemoryR\x06memory\x12.\n" +
+	"\x06memory\x18\x0e \x01(\v2\x19.vmsnap.v1.SnapshotMemoryR\x06memory\x12\x1c\n" +
+	"\tautomatic\x18\x12 \x01(\bR\tautomatic\x12.\n" +
 	"\x05space\x18\x0f \x01(\v2\x18.vmsnap.v1.SnapshotSpaceR\x05space\x12/\n" +
 	"\bposition\x18\x10 \x01(\v2\x13.vmsnap.v1.PositionR\bposition\x12#\n" +
 	"\x04here\x18\x11 \x01(\v2\x0f.vmsnap.v1.HereR\x04here\x1a9\n" +

@@ -69,6 +69,12 @@ const (
 	// SnapshotServiceVerifySnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// VerifySnapshot RPC.
 	SnapshotServiceVerifySnapshotProcedure = "/vmsnap.v1.SnapshotService/VerifySnapshot"
+	// SnapshotServiceRestoreSnapshotProcedure is the fully-qualified name of the SnapshotService's
+	// RestoreSnapshot RPC.
+	SnapshotServiceRestoreSnapshotProcedure = "/vmsnap.v1.SnapshotService/RestoreSnapshot"
+	// SnapshotServicePlanRestoreProcedure is the fully-qualified name of the SnapshotService's
+	// PlanRestore RPC.
+	SnapshotServicePlanRestoreProcedure = "/vmsnap.v1.SnapshotService/PlanRestore"
 	// OperationServiceListOperationsProcedure is the fully-qualified name of the OperationService's
 	// ListOperations RPC.
 	OperationServiceListOperationsProcedure = "/vmsnap.v1.OperationService/ListOperations"
@@ -340,6 +346,11 @@ type SnapshotServiceClient interface {
 	// VerifySnapshot starts an operation that reads the snapshot's files and
 	// compares them with what was recorded. It fails if one was altered.
 	VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error)
+	// RestoreSnapshot starts an operation that takes disks of the VM back to what
+	// the snapshot holds. A running guest is reset.
+	RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error)
+	// PlanRestore looks at what RestoreSnapshot would do, and changes nothing.
+	PlanRestore(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error)
 }
 
 // NewSnapshotServiceClient constructs a client for the vmsnap.v1.SnapshotService service. By
@@ -392,17 +403,32 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(snapshotServiceMethods.ByName("VerifySnapshot")),
 			connect.WithClientOptions(opts...),
 		),
+		restoreSnapshot: connect.NewClient[v1.RestoreSnapshotRequest, v1.RestoreSnapshotResponse](
+			httpClient,
+			baseURL+SnapshotServiceRestoreSnapshotProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("RestoreSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		planRestore: connect.NewClient[v1.RestoreSnapshotRequest, v1.PlanRestoreResponse](
+			httpClient,
+			baseURL+SnapshotServicePlanRestoreProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("PlanRestore")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // snapshotServiceClient implements SnapshotServiceClient.
 type snapshotServiceClient struct {
-	createSnapshot *connect.Client[v1.CreateSnapshotRequest, v1.CreateSnapshotResponse]
-	planSnapshot   *connect.Client[v1.CreateSnapshotRequest, v1.PlanSnapshotResponse]
-	listSnapshots  *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
-	getSnapshot    *connect.Client[v1.GetSnapshotRequest, v1.GetSnapshotResponse]
-	renameSnapshot *connect.Client[v1.RenameSnapshotRequest, v1.RenameSnapshotResponse]
-	verifySnapshot *connect.Client[v1.VerifySnapshotRequest, v1.VerifySnapshotResponse]
+	createSnapshot  *connect.Client[v1.CreateSnapshotRequest, v1.CreateSnapshotResponse]
+	planSnapshot    *connect.Client[v1.CreateSnapshotRequest, v1.PlanSnapshotResponse]
+	listSnapshots   *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
+	getSnapshot     *connect.Client[v1.GetSnapshotRequest, v1.GetSnapshotResponse]
+	renameSnapshot  *connect.Client[v1.RenameSnapshotRequest, v1.RenameSnapshotResponse]
+	verifySnapshot  *connect.Client[v1.VerifySnapshotRequest, v1.VerifySnapshotResponse]
+	restoreSnapshot *connect.Client[v1.RestoreSnapshotRequest, v1.RestoreSnapshotResponse]
+	planRestore     *connect.Client[v1.RestoreSnapshotRequest, v1.PlanRestoreResponse]
 }
 
 // CreateSnapshot calls vmsnap.v1.SnapshotService.CreateSnapshot.
@@ -435,6 +461,16 @@ func (c *snapshotServiceClient) VerifySnapshot(ctx context.Context, req *connect
 	return c.verifySnapshot.CallUnary(ctx, req)
 }
 
+// RestoreSnapshot calls vmsnap.v1.SnapshotService.RestoreSnapshot.
+func (c *snapshotServiceClient) RestoreSnapshot(ctx context.Context, req *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error) {
+	return c.restoreSnapshot.CallUnary(ctx, req)
+}
+
+// PlanRestore calls vmsnap.v1.SnapshotService.PlanRestore.
+func (c *snapshotServiceClient) PlanRestore(ctx context.Context, req *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error) {
+	return c.planRestore.CallUnary(ctx, req)
+}
+
 // SnapshotServiceHandler is an implementation of the vmsnap.v1.SnapshotService service.
 type SnapshotServiceHandler interface {
 	// CreateSnapshot starts an operation.
@@ -448,6 +484,11 @@ type SnapshotServiceHandler interface {
 	// VerifySnapshot starts an operation that reads the snapshot's files and
 	// compares them with what was recorded. It fails if one was altered.
 	VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error)
+	// RestoreSnapshot starts an operation that takes disks of the VM back to what
+	// the snapshot holds. A running guest is reset.
+	RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error)
+	// PlanRestore looks at what RestoreSnapshot would do, and changes nothing.
+	PlanRestore(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error)
 }
 
 // NewSnapshotServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -496,6 +537,19 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 		connect.WithSchema(snapshotServiceMethods.ByName("VerifySnapshot")),
 		connect.WithHandlerOptions(opts...),
 	)
+	snapshotServiceRestoreSnapshotHandler := connect.NewUnaryHandler(
+		SnapshotServiceRestoreSnapshotProcedure,
+		svc.RestoreSnapshot,
+		connect.WithSchema(snapshotServiceMethods.ByName("RestoreSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServicePlanRestoreHandler := connect.NewUnaryHandler(
+		SnapshotServicePlanRestoreProcedure,
+		svc.PlanRestore,
+		connect.WithSchema(snapshotServiceMethods.ByName("PlanRestore")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/vmsnap.v1.SnapshotService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SnapshotServiceCreateSnapshotProcedure:
@@ -510,6 +564,10 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 			snapshotServiceRenameSnapshotHandler.ServeHTTP(w, r)
 		case SnapshotServiceVerifySnapshotProcedure:
 			snapshotServiceVerifySnapshotHandler.ServeHTTP(w, r)
+		case SnapshotServiceRestoreSnapshotProcedure:
+			snapshotServiceRestoreSnapshotHandler.ServeHTTP(w, r)
+		case SnapshotServicePlanRestoreProcedure:
+			snapshotServicePlanRestoreHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -541,6 +599,14 @@ func (UnimplementedSnapshotServiceHandler) RenameSnapshot(context.Context, *conn
 
 func (UnimplementedSnapshotServiceHandler) VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.VerifySnapshot is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.RestoreSnapshot is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) PlanRestore(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.PlanRestore is not implemented"))
 }
 
 // OperationServiceClient is a client for the vmsnap.v1.OperationService service.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -127,7 +128,7 @@ func awaitMigration(ctx context.Context, qmp *wire, began time.Time) (rate, erro
 		}
 		switch m.Status {
 		case "completed":
-			return rate{m.RAM.Transferred, time.Since(began)}, nil
+			return rate{m.RAM.Transferred, time.Since(began)}, awaitCleanup(ctx, qmp)
 		case "failed", "cancelled":
 			return rate{}, fmt.Errorf("the migration is %s", m.Status)
 		}
@@ -135,6 +136,30 @@ func awaitMigration(ctx context.Context, qmp *wire, began time.Time) (rate, erro
 		case <-time.After(migrationInterval):
 		case <-ctx.Done():
 			return rate{}, ctx.Err()
+		}
+	}
+}
+
+// yankInstance is what can be told to give up its connection (qapi/yank.json).
+type yankInstance struct {
+	Type string `json:"type"`
+}
+
+// awaitCleanup waits until a migration that is complete has left nothing behind:
+// before that QEMU refuses the next one ("duplicate yank instance").
+func awaitCleanup(ctx context.Context, qmp *wire) error {
+	for {
+		var instances []yankInstance
+		if err := qmp.call("query-yank", object{}, &instances); err != nil {
+			return err
+		}
+		if !slices.Contains(instances, yankInstance{"migration"}) {
+			return nil
+		}
+		select {
+		case <-time.After(migrationInterval):
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
 }

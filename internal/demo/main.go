@@ -52,7 +52,7 @@ func run(ctx context.Context) (err error) {
 	d := &demo{screen: newScreen(os.Stdout), dir: dir, began: time.Now(), qemu: versions[len(versions)-1]}
 	defer func() { err = errors.Join(err, d.end()) }()
 	for _, scene := range []func(context.Context) error{
-		d.boot, d.find, d.snapshot, d.upgrade, d.inspect, d.tell, d.crash, d.release,
+		d.boot, d.find, d.snapshot, d.upgrade, d.inspect, d.tell, d.crash, d.restore, d.release,
 	} {
 		if err := scene(ctx); err != nil {
 			if ctx.Err() != nil {

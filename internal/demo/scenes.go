@@ -176,6 +176,27 @@ func (d *demo) newest(ctx context.Context, disk string, durable uint64) error {
 	return errors.Join(holds(strings.TrimSpace(string(text)), newRelease), err)
 }
 
+// restore takes the running guest back to the snapshot.
+func (d *demo) restore(ctx context.Context) error {
+	d.heading("Back to the snapshot: the disks are swapped under the running QEMU")
+	pid := d.guest.PID()
+	if err := d.vmsnap(ctx, "snapshot", "restore", snapshotName); err != nil {
+		return err
+	}
+	if err := d.guest.AwaitBoot(ctx, 2); err != nil { // the first was by the start
+		return err
+	}
+	d.prove(holds(d.guest.PID(), pid), "it is the same QEMU process")
+	for _, disk := range d.disks() {
+		text, err := d.guest.ReadFile(ctx, inside(disk, releaseFile))
+		if err != nil {
+			return err
+		}
+		d.prove(holds(strings.TrimSpace(string(text)), oldRelease), "%s holds release %s again", disk, oldRelease)
+	}
+	return d.vmsnap(ctx, "snapshot", "list", vmName)
+}
+
 // release has vmsnap forget the VM and lift the flags of its layers, which then
 // can be deleted as any file.
 func (d *demo) release(ctx context.Context) error {

@@ -46,11 +46,13 @@ func (g *savedGuest) resident() uint64 {
 	return use.resident
 }
 
+// The kernel is at work here, and not QEMU, whatever its version.
+
 // A guest that works on its memory gets its huge pages back after each of
 // several saves, within the share of a core that is allowed, without taking
 // more memory and without standing still.
 func TestQEMUCollapse(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := startSavedGuest(t, q, testvm.Config{MemoryMiB: 768})
 		const filled = 480 << 20
 		if err := g.Dirty(g.ctx(), filled, 100<<20); err != nil {
@@ -132,7 +134,7 @@ func withoutCapabilities(t *testing.T, missing []int, f func() error) error {
 // What a guest never had it does not get; and Collapse ends with its context,
 // and with QEMU.
 func TestQEMUCollapseEnds(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := startSavedGuest(t, q, testvm.Config{MemoryMiB: 512})
 		const filled = 256 << 20
 		if err := g.Dirty(g.ctx(), filled, 0); err != nil {

@@ -150,8 +150,8 @@ func TestQEMUAdopt(t *testing.T) {
 // saved.
 func TestQEMUNotConverging(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
-		g := startSavedGuest(t, q, testvm.Config{MemoryMiB: 512})
-		if err := g.Dirty(g.ctx(), 256<<20, 4<<30); err != nil {
+		g := startSavedGuest(t, q, testvm.Config{MemoryMiB: 320})
+		if err := g.Dirty(g.ctx(), 128<<20, 4<<30); err != nil {
 			t.Fatal(err)
 		}
 		c := g.config(Precopy)

@@ -164,7 +164,7 @@ func (h *host) size() size {
 	return size{n, len(fds), len(tasks)}
 }
 
-// TestQEMUTheDaemonDoesNotGrow takes thirty snapshots, fails and cancels some
+// TestQEMUTheDaemonDoesNotGrow takes fifteen snapshots, fails and cancels some
 // more, and expects the daemon to be as it was.
 func TestQEMUTheDaemonDoesNotGrow(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
@@ -175,7 +175,7 @@ func TestQEMUTheDaemonDoesNotGrow(t *testing.T) {
 		b.Close()
 		base := b.size()
 		var group sync.WaitGroup
-		for i := range 30 {
+		for i := range 15 {
 			b.must("snapshot", "create", b.vm.name, fmt.Sprint("s", i), "--quiesce", "none")
 			group.Go(func() { b.run("vm", "show", b.vm.name) })
 		}

@@ -13,8 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/google/go-cmp/cmp"
 
+	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 	"github.com/vmsnap/vmsnap/freeze"
 	"github.com/vmsnap/vmsnap/internal/testvm"
 	"github.com/vmsnap/vmsnap/monitor"
@@ -76,26 +78,33 @@ func (g *watched) freeze(args ...string) (f standing) {
 	return f
 }
 
-// shown returns the freeze that `vm show` tells of, nil when there is none, and
+// shown returns the freeze that the daemon tells of, nil when there is none, and
 // the operation that runs on the VM.
 func (g *watched) shown() (f *standing, operation string) {
 	g.t.Helper()
-	var vm struct {
-		Freeze    *standing `json:"freeze"`
-		Operation string    `json:"operation_id"`
-	}
-	if err := json.Unmarshal([]byte(g.must("vm", "show", g.Name, "-o", "json")), &vm); err != nil {
+	vm, err := g.vm(g.Name)
+	if err != nil {
 		g.t.Fatal(err)
 	}
-	return vm.Freeze, vm.Operation
+	if shown := vm.GetFreeze(); shown != nil {
+		f = &standing{
+			Since: shown.GetSince().AsTime(), Deadline: shown.GetDeadline().AsTime(), Frozen: int(shown.GetFrozen()), Total: int(shown.GetTotal()),
+			Operation: shown.GetOperationId(), Unresolved: shown.GetUnresolved(),
+		}
+	}
+	return f, vm.GetOperationId()
 }
 
 // ended verifies how an operation ended.
 func (g *watched) ended(id, state, words string) {
 	g.t.Helper()
 	g.eventually(eventLimit, "operation "+id+" has ended", func() error {
-		if o := g.object("operation", "show", id); o["state"] == "running" || o["state"] == "cancelling" || o["state"] == "reverting" {
-			return fmt.Errorf("it is %v", o["state"])
+		res, err := g.Operations().GetOperation(g.ctx(), connect.NewRequest(&vmsnapv1.GetOperationRequest{Id: id}))
+		if err != nil {
+			return err
+		}
+		if o := res.Msg.GetOperation(); o.GetEnded() == nil {
+			return fmt.Errorf("it is %s", o.GetState())
 		}
 		return nil
 	})
@@ -450,8 +459,11 @@ func TestQEMUFreezeOfAGuestThatDoesNotAnswer(t *testing.T) {
 		g := newWatched(t, testvm.Config{QEMU: q, FreezeHook: hangingHook, ExtraQMP: 1})
 		g.requiredOfAHangingHook()
 		g.preferredToAHangingHook()
-		g.callerGone(os.Interrupt)
-		g.callerGone(os.Kill)
+		signals := []os.Signal{os.Interrupt, os.Kill}
+		first, stride := share(t, q)
+		for i := first - 1; i < len(signals); i += stride {
+			g.callerGone(signals[i])
+		}
 		g.guestAgentKilled()
 		g.guestAgentStopped()
 	})

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
 
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
@@ -125,9 +126,16 @@ func TestQEMUSchedule(t *testing.T) {
 
 // has reports whether a VM has a snapshot whose name begins so.
 func (h *host) has(vm, prefix string) error {
-	out := h.must("snapshot", "list", vm, "-o", "name")
-	if strings.Contains(out, vm+"/"+prefix) {
-		return nil
+	res, err := h.Snapshots().ListSnapshots(h.ctx(), connect.NewRequest(&vmsnapv1.ListSnapshotsRequest{Vm: vm}))
+	if err != nil {
+		return err
 	}
-	return fmt.Errorf("its snapshots are %q", out)
+	var names []string
+	for _, s := range res.Msg.GetSnapshots() {
+		if strings.HasPrefix(s.GetName(), prefix) {
+			return nil
+		}
+		names = append(names, s.GetName())
+	}
+	return fmt.Errorf("its snapshots are %q", names)
 }

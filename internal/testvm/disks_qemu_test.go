@@ -60,7 +60,7 @@ func TestQEMUDiskKinds(t *testing.T) {
 }
 
 func TestQEMUDisksWithoutFilesystemAndWithBacking(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		first := testvm.Start(t, testvm.Config{QEMU: q, Disks: []testvm.Disk{
 			{Name: "data"},
 			{Name: "blank", NoFilesystem: true, Size: 1 << 20},

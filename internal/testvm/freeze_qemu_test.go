@@ -146,7 +146,7 @@ func TestQEMUPauseStopsTheHeartbeat(t *testing.T) {
 }
 
 func TestQEMUWritersGoOnAfterAKill(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q})
 		w, err := g.StartWriters(soon(t))
 		if err != nil {
@@ -180,7 +180,7 @@ func TestQEMUWritersGoOnAfterAKill(t *testing.T) {
 }
 
 func TestQEMUFreezeHook(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q, FreezeHook: "#!/bin/sh\necho \"$1\" >>/run/hook.log\n"})
 		agent := dialAgent(t, g)
 		agent.call("guest-fsfreeze-freeze")

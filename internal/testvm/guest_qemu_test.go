@@ -23,7 +23,7 @@ func soon(t *testing.T) context.Context {
 }
 
 func TestQEMUExec(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q})
 		out, err := g.Exec(soon(t), "echo hello; cat /proc/uptime >&2")
 		if err != nil || out != "hello\n" {
@@ -46,7 +46,7 @@ func TestQEMUExec(t *testing.T) {
 }
 
 func TestQEMURestartKeepsWhatIsDurable(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q})
 		want := bytes.Repeat([]byte("content\n"), 1<<15)
 		if err := g.WriteFile(soon(t), "/mnt/data/file", want); err != nil {

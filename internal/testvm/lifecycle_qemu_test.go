@@ -18,7 +18,7 @@ import (
 )
 
 func TestQEMUShutdownIsClean(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q, Disks: []testvm.Disk{{Name: "root", Format: testvm.Raw}}})
 		if _, err := g.Exec(soon(t), "echo x >/mnt/root/file"); err != nil { // not made durable
 			t.Fatal(err)
@@ -87,7 +87,7 @@ func TestQEMUNoReboot(t *testing.T) {
 }
 
 func TestQEMULaunchFailureLeavesNothingAndSaysWhy(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		uuid := fmt.Sprintf("7e57ab1e-0000-4000-8000-%04d%08x", len(q.Name), os.Getpid())
 		for _, c := range []struct {
 			name string

@@ -11,7 +11,7 @@ import (
 )
 
 func TestQEMUCounterCounts(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q})
 		if _, err := g.Count(soon(t)); err == nil {
 			t.Error("a counter that was never started counts")
@@ -37,7 +37,7 @@ func TestQEMUCounterCounts(t *testing.T) {
 // TestQEMUCounterFindsDisksOfAnotherInstant changes a disk under the guest, as a
 // cut does that is not of memory's instant.
 func TestQEMUCounterFindsDisksOfAnotherInstant(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q, Disks: []testvm.Disk{{Name: "root"}, {Name: "data", Format: testvm.Raw}}})
 		if err := g.StartCounter(soon(t)); err != nil {
 			t.Fatal(err)
@@ -84,7 +84,7 @@ func awaitCount(t *testing.T, g *testvm.Guest, n uint64) uint64 {
 }
 
 func TestQEMUDirtyMakesMemoryResident(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q, MemoryMiB: 512})
 		before := resident(t, g.PID())
 		const size = 256 << 20

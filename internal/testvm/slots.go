@@ -22,15 +22,16 @@ const slotMemoryMiB = 1024
 // for one lock, not for any of several.
 const slotInterval = 50 * time.Millisecond
 
-// slots returns how many tests with guests may run at a time on this machine: one
-// for each core, since a TCG guest that works takes a core, if memory suffices.
+// slots returns how many tests with guests may run at a time on this machine:
+// half as many again as there are cores, if memory suffices. A TCG guest that
+// works takes a core, and tests wait for something else much of their time.
 func slots() (int, error) {
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
 		return 0, fmt.Errorf("sysinfo: %w", err)
 	}
 	memory := int(uint64(info.Totalram) * uint64(info.Unit) >> 20)
-	return max(1, min(runtime.NumCPU(), memory/slotMemoryMiB)), nil
+	return max(1, min(runtime.NumCPU()*3/2, memory/slotMemoryMiB)), nil
 }
 
 // acquireSlot waits for a slot and returns what gives it back. A slot is a lock

@@ -19,6 +19,19 @@ func ForEachQEMU(t *testing.T, f func(t *testing.T, q QEMU)) {
 	}
 }
 
+// OnOneQEMU runs a test, in parallel, whose outcome does not depend on QEMU's
+// version: it is given the newest.
+func OnOneQEMU(t *testing.T, f func(t *testing.T, q QEMU)) {
+	t.Helper()
+	versions, err := Versions()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Parallel()
+	takeSlot(t)
+	f(t, versions[len(versions)-1])
+}
+
 // Start launches a guest for a test. When the test ends the guest is killed, its
 // directory is removed if Start made it, and the test fails if a QEMU with the
 // guest's UUID is left. The newest QEMU is taken if none is given.

@@ -176,53 +176,50 @@ func TestQEMUNotConverging(t *testing.T) {
 	})
 }
 
-// TestQEMUGuardedCut saves under a real guard, and then loses its session in the
+// guardedCut saves under a real guard, and then loses its session in the
 // pause: the guard lets the guest run.
-func TestQEMUGuardedCut(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
-		g := startSavedGuest(t, q, testvm.Config{})
-		for _, strategy := range []Strategy{Background, Precopy, Stopped} {
-			before := g.settings()
-			c := g.config(strategy)
-			guard := g.guarded()
-			c.Guard = guard
-			s := g.prepare(c)
-			pause, err := s.Cut(g.ctx(), g.cutDisks, nil)
-			if err == nil {
-				err = s.Wait(g.ctx(), nil)
-			}
-			if err := errors.Join(err, guard.Close()); err != nil || pause.ByGuard {
-				t.Fatalf("%s: %+v, %v", strategy, pause, err)
-			}
-			g.closed(s, before)
-
-			c = g.config(strategy)
-			guard = g.guarded()
-			c.Guard = guard
-			s = g.prepare(c)
-			noted := s.Settings()
-			pause, err = s.Cut(g.ctx(), func(context.Context) error { return g.session.Close() }, nil)
-			if !errors.Is(err, ErrResumed) || !pause.ByGuard {
-				t.Errorf("%s: %+v, %v", strategy, pause, err)
-			}
-			if err := guard.Close(); err != nil {
-				t.Error(err)
-			}
-			g.dial()
-			g.wantStatus(monitor.RunStateRunning)
-			adopted, err := Adopt(g.ctx(), g.session, noted, strategy)
-			if err == nil {
-				err = adopted.Cancel(g.ctx(), nil)
-			}
-			if err != nil {
-				t.Error(err)
-			}
-			g.closed(adopted, before)
-			if _, err := g.Exec(g.ctx(), "true"); err != nil {
-				t.Error(err)
-			}
+func (g *savedGuest) guardedCut(t *testing.T) {
+	for _, strategy := range []Strategy{Background, Precopy, Stopped} {
+		before := g.settings()
+		c := g.config(strategy)
+		guard := g.guarded()
+		c.Guard = guard
+		s := g.prepare(c)
+		pause, err := s.Cut(g.ctx(), g.cutDisks, nil)
+		if err == nil {
+			err = s.Wait(g.ctx(), nil)
 		}
-	})
+		if err := errors.Join(err, guard.Close()); err != nil || pause.ByGuard {
+			t.Fatalf("%s: %+v, %v", strategy, pause, err)
+		}
+		g.closed(s, before)
+
+		c = g.config(strategy)
+		guard = g.guarded()
+		c.Guard = guard
+		s = g.prepare(c)
+		noted := s.Settings()
+		pause, err = s.Cut(g.ctx(), func(context.Context) error { return g.session.Close() }, nil)
+		if !errors.Is(err, ErrResumed) || !pause.ByGuard {
+			t.Errorf("%s: %+v, %v", strategy, pause, err)
+		}
+		if err := guard.Close(); err != nil {
+			t.Error(err)
+		}
+		g.dial()
+		g.wantStatus(monitor.RunStateRunning)
+		adopted, err := Adopt(g.ctx(), g.session, noted, strategy)
+		if err == nil {
+			err = adopted.Cancel(g.ctx(), nil)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		g.closed(adopted, before)
+		if _, err := g.Exec(g.ctx(), "true"); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // guarded starts a guard.

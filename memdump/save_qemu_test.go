@@ -67,42 +67,64 @@ func TestQEMUMemoryAndDisksAreOfOneInstant(t *testing.T) {
 	})
 }
 
-// TestQEMUCutFails has the disks refuse: the guest runs on, everything is as
-// before, and it can be saved again.
-func TestQEMUCutFails(t *testing.T) {
+// TestQEMUWhatComesBetween has one guest for each QEMU, which is saved by each
+// strategy while something comes between.
+func TestQEMUWhatComesBetween(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := startSavedGuest(t, q, testvm.Config{})
-		refusal := errors.New("no such disk")
-		for _, strategy := range []Strategy{Background, Precopy, Stopped} {
-			before := g.settings()
-			c := g.config(strategy)
-			s := g.prepare(c)
-			var during monitor.Status
-			_, err := s.Cut(g.ctx(), func(ctx context.Context) (err error) {
-				during, err = g.session.QueryStatus(ctx)
-				return errors.Join(refusal, err)
-			}, nil)
-			if !errors.Is(err, refusal) || errors.Is(err, ErrStillPaused) {
-				t.Errorf("%s: %v", strategy, err)
-			}
-			if during.Running {
-				t.Errorf("%s: the guest runs during the cut (%s)", strategy, during.Status)
-			}
-			g.wantStatus(monitor.RunStateRunning)
-			if err := s.Cancel(g.ctx(), nil); err != nil {
-				t.Error(err)
-			}
-			g.closed(s, before)
-			c.Guard.(*countingGuard).mu.Lock()
-			if calls := c.Guard.(*countingGuard).calls; calls[len(calls)-1] != "disarm" {
-				t.Errorf("%s: the guard was told to %v", strategy, calls)
-			}
-			c.Guard.(*countingGuard).mu.Unlock()
-			if _, err := g.Exec(g.ctx(), "true"); err != nil {
-				t.Error(err)
+		for _, story := range []struct {
+			name string
+			run  func(g *savedGuest, t *testing.T)
+		}{
+			{"the cut fails", (*savedGuest).cutFails},
+			{"the guard resumes", (*savedGuest).guardResumed},
+			{"a guarded cut", (*savedGuest).guardedCut},
+		} {
+			t.Run(story.name, func(t *testing.T) {
+				g.t = t
+				story.run(g, t)
+			})
+			g.t = t
+			if t.Failed() {
+				t.FailNow() // the guest may be paused
 			}
 		}
 	})
+}
+
+// cutFails has the disks refuse: the guest runs on, everything is as
+// before, and it can be saved again.
+func (g *savedGuest) cutFails(t *testing.T) {
+	refusal := errors.New("no such disk")
+	for _, strategy := range []Strategy{Background, Precopy, Stopped} {
+		before := g.settings()
+		c := g.config(strategy)
+		s := g.prepare(c)
+		var during monitor.Status
+		_, err := s.Cut(g.ctx(), func(ctx context.Context) (err error) {
+			during, err = g.session.QueryStatus(ctx)
+			return errors.Join(refusal, err)
+		}, nil)
+		if !errors.Is(err, refusal) || errors.Is(err, ErrStillPaused) {
+			t.Errorf("%s: %v", strategy, err)
+		}
+		if during.Running {
+			t.Errorf("%s: the guest runs during the cut (%s)", strategy, during.Status)
+		}
+		g.wantStatus(monitor.RunStateRunning)
+		if err := s.Cancel(g.ctx(), nil); err != nil {
+			t.Error(err)
+		}
+		g.closed(s, before)
+		c.Guard.(*countingGuard).mu.Lock()
+		if calls := c.Guard.(*countingGuard).calls; calls[len(calls)-1] != "disarm" {
+			t.Errorf("%s: the guard was told to %v", strategy, calls)
+		}
+		c.Guard.(*countingGuard).mu.Unlock()
+		if _, err := g.Exec(g.ctx(), "true"); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // TestQEMUCancel ends saves that are under way.
@@ -159,50 +181,47 @@ func TestQEMUCancel(t *testing.T) {
 	})
 }
 
-// TestQEMUGuardResumed has the guard say that it has resumed the VM: the memory
+// guardResumed has the guard say that it has resumed the VM: the memory
 // is worth nothing then.
-func TestQEMUGuardResumed(t *testing.T) {
-	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
-		g := startSavedGuest(t, q, testvm.Config{})
-		for _, strategy := range []Strategy{Background, Precopy, Stopped} {
-			before := g.settings()
-			c := g.config(strategy)
-			c.Guard = &countingGuard{acts: true}
-			s := g.prepare(c)
-			pause, err := s.Cut(g.ctx(), g.cutDisks, nil)
-			if !errors.Is(err, ErrResumed) || !pause.ByGuard {
-				t.Errorf("%s: %+v, %v", strategy, pause, err)
+func (g *savedGuest) guardResumed(t *testing.T) {
+	for _, strategy := range []Strategy{Background, Precopy, Stopped} {
+		before := g.settings()
+		c := g.config(strategy)
+		c.Guard = &countingGuard{acts: true}
+		s := g.prepare(c)
+		pause, err := s.Cut(g.ctx(), g.cutDisks, nil)
+		if !errors.Is(err, ErrResumed) || !pause.ByGuard {
+			t.Errorf("%s: %+v, %v", strategy, pause, err)
+		}
+		if err := s.Cancel(g.ctx(), nil); err != nil {
+			t.Error(err)
+		}
+		g.closed(s, before)
+
+		// Another client lets the guest run within the cut. QEMU does not
+		// allow it while it waits before its switchover.
+		if strategy != Precopy {
+			c = g.config(strategy)
+			s = g.prepare(c)
+			pause, err = s.Cut(g.ctx(), func(ctx context.Context) error { return g.session.Cont(ctx) }, nil)
+			if !errors.Is(err, ErrResumed) || pause.ByGuard {
+				t.Errorf("%s: resumed by another: %+v, %v", strategy, pause, err)
 			}
 			if err := s.Cancel(g.ctx(), nil); err != nil {
 				t.Error(err)
 			}
 			g.closed(s, before)
-
-			// Another client lets the guest run within the cut. QEMU does not
-			// allow it while it waits before its switchover.
-			if strategy != Precopy {
-				c = g.config(strategy)
-				s = g.prepare(c)
-				pause, err = s.Cut(g.ctx(), func(ctx context.Context) error { return g.session.Cont(ctx) }, nil)
-				if !errors.Is(err, ErrResumed) || pause.ByGuard {
-					t.Errorf("%s: resumed by another: %+v, %v", strategy, pause, err)
-				}
-				if err := s.Cancel(g.ctx(), nil); err != nil {
-					t.Error(err)
-				}
-				g.closed(s, before)
-				g.wantStatus(monitor.RunStateRunning)
-			}
-
-			c = g.config(strategy)
-			c.Guard = &countingGuard{refuses: ErrPauseGuard}
-			s = g.prepare(c)
-			if _, err := s.Cut(g.ctx(), g.cutDisks, nil); !errors.Is(err, ErrPauseGuard) {
-				t.Errorf("%s: not guarded: %v", strategy, err)
-			}
-			g.closed(s, before)
+			g.wantStatus(monitor.RunStateRunning)
 		}
-	})
+
+		c = g.config(strategy)
+		c.Guard = &countingGuard{refuses: ErrPauseGuard}
+		s = g.prepare(c)
+		if _, err := s.Cut(g.ctx(), g.cutDisks, nil); !errors.Is(err, ErrPauseGuard) {
+			t.Errorf("%s: not guarded: %v", strategy, err)
+		}
+		g.closed(s, before)
+	}
 }
 
 // TestQEMUPausedVMStaysPaused saves a VM that its owner has paused.

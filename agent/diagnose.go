@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/memdump"
 	"github.com/vmsnap/vmsnap/monitor"
 )
@@ -13,43 +14,133 @@ import (
 // Finding is something that the doctor has found out about a VM.
 type Finding struct {
 	Code, Message, Hint string
-	Repairable          bool // Repair can put it right
-	Repaired            bool // Repair has put it right
+	Repair              string // what Repair would do about it; empty when it can do nothing
+	Repairable          bool   // Repair can put it right
+	Repaired            bool   // Repair has put it right
+}
+
+// DoctorRequest asks for a VM to be looked at.
+type DoctorRequest struct {
+	VM   string
+	Deep bool   // also read saved memory and compare it with its checksum
+	UID  uint32 `json:"-"`
+}
+
+// Diagnosis is what the doctor says of a VM.
+type Diagnosis struct {
+	Findings []Finding
+	Skipped  string // why the VM's files were not looked at; empty when they were
 }
 
 // findStuck is a guest that a save which has ended holds for good (QEMU before
 // 8.1).
 const findStuck = "guest-write-protected"
 
-// Diagnose looks for what is wrong with a VM, and changes nothing.
-func (a *Agent) Diagnose(ctx context.Context, ref string) ([]Finding, error) {
-	return a.diagnose(ctx, ref, false)
+// Diagnose looks for what is wrong with a VM, and changes nothing. A VM that an
+// operation is changing is looked at from outside only.
+func (a *Agent) Diagnose(ctx context.Context, req DoctorRequest) (Diagnosis, error) {
+	v, err := a.find(req.VM)
+	if err != nil {
+		return Diagnosis{}, err
+	}
+	d, err := a.diagnoseOutside(ctx, v, false)
+	if err != nil {
+		return d, err
+	}
+	if v.unfinished.Load() {
+		d.Skipped = "an operation that an earlier vmsnapd left unfinished is being recovered"
+		d.Findings = append(d.Findings, Finding{
+			Code: findRecovering, Message: d.Skipped, Hint: "vmsnap operation list --active tells what it waits for",
+		})
+		return d, nil
+	}
+	if id, busy := a.ops.Running(v.id); busy {
+		d.Skipped = "operation " + id + " is at work on it"
+		return d, nil
+	}
+	if v.migrated() {
+		d.Skipped = migratedAway
+		return d, nil
+	}
+	x, err := a.examine(ctx, v, nil, req.Deep)
+	if err != nil {
+		return d, err
+	}
+	if id, busy := a.ops.Running(v.id); busy || !x.current(ctx) {
+		d.Skipped = "operation " + id + " has begun to work on it"
+		return d, nil
+	}
+	d.Findings = append(d.Findings, x.findings...)
+	return d, nil
 }
 
-// Repair puts right what it can of what Diagnose finds.
-func (a *Agent) Repair(ctx context.Context, ref string) ([]Finding, error) {
-	return a.diagnose(ctx, ref, true)
+// migratedAway is why the files of a VM are left alone.
+const migratedAway = "it has migrated to another host, where its disks may be in use"
+
+// migrated reports whether the VM's disks may be another host's.
+func (v *vm) migrated() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.runs) == 0 && v.rec.Stopped == endedByMigration
 }
 
-func (a *Agent) diagnose(ctx context.Context, ref string, repair bool) ([]Finding, error) {
-	v, err := a.find(ref)
+// findRecovering is an operation that recovery has not brought to its end.
+const findRecovering = "recovery-unfinished"
+
+// Repair puts right what it can of what Diagnose finds. What it does to files is
+// an operation, which holds the VM.
+func (a *Agent) Repair(ctx context.Context, req DoctorRequest) (Diagnosis, error) {
+	v, err := a.find(req.VM)
 	if err != nil {
-		return nil, err
+		return Diagnosis{}, err
 	}
-	view, err := a.VM(ctx, ref)
+	d, err := a.diagnoseOutside(ctx, v, true)
 	if err != nil {
-		return nil, err
+		return d, err
 	}
-	findings := problemsOf(view)
+	if v.migrated() {
+		d.Skipped = migratedAway
+		return d, nil
+	}
+	var found []Finding
+	spec := op.Spec{Kind: op.KindRepair, VMID: v.id, VMName: v.name(), Request: req, UID: req.UID}
+	rec, err := a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
+		v.changing.Lock()
+		defer v.changing.Unlock()
+		x, err := a.examine(ctx, v, o, req.Deep)
+		if err != nil {
+			return err
+		}
+		found = x.findings
+		return a.reload(ctx, v)
+	})
+	if err != nil {
+		return d, err
+	}
+	if rec, err = a.ops.Wait(ctx, rec.ID); err != nil {
+		return d, err
+	}
+	d.Findings = append(d.Findings, found...)
+	return d, failureOf(rec)
+}
+
+// diagnoseOutside finds what can be seen without a look into the VM's files, and
+// lets a guest go that a save holds.
+func (a *Agent) diagnoseOutside(ctx context.Context, v *vm, repair bool) (Diagnosis, error) {
+	view, err := a.VM(ctx, v.id)
+	if err != nil {
+		return Diagnosis{}, err
+	}
+	d := Diagnosis{Findings: problemsOf(view)}
 	r, err := v.alone()
 	if err != nil || r == nil {
-		return findings, nil //nolint:nilerr // two processes are among the problems
+		return d, nil //nolint:nilerr // two processes are among the problems
 	}
 	stuck, found, err := a.diagnoseStuck(ctx, v, r, repair)
 	if found {
-		findings = append(findings, stuck)
+		d.Findings = append(d.Findings, stuck)
 	}
-	return findings, err
+	return d, err
 }
 
 // problemsOf are the findings that need no further look.
@@ -70,12 +161,6 @@ func problemsOf(view VMView) []Finding {
 		if d.NotCuttable != "" {
 			findings = append(findings, Finding{
 				Code: "disk-not-cuttable", Message: fmt.Sprintf("disk %s cannot be snapshotted: %s", d.Device, d.NotCuttable),
-			})
-		}
-		if d.SettleNeeded {
-			findings = append(findings, Finding{
-				Code: "disk-not-settled", Message: fmt.Sprintf("the launch path of disk %s does not lead to its newest layer", d.Device),
-				Hint: "it is settled when the VM has stopped, by a vmsnapd that runs then",
 			})
 		}
 	}
@@ -108,7 +193,7 @@ func (a *Agent) diagnoseStuck(ctx context.Context, v *vm, r *run, repair bool) (
 	case err != nil:
 		return Finding{}, false, fault.New(kindOf(err), "VM %s: %w", v.name(), err)
 	}
-	f := Finding{Code: findStuck, Message: result.Reason, Repairable: true, Repaired: repair}
+	f := Finding{Code: findStuck, Message: result.Reason, Repair: "let the guest go on", Repairable: true, Repaired: repair}
 	if !repair {
 		f.Hint = fmt.Sprintf("vmsnap doctor %s --repair lets the guest go on", v.name())
 	} else {

@@ -136,7 +136,7 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	}
 	var done string // the snapshot, when only the settling may be missing
 	err = a.untilRecovered(ctx, o, func(ctx context.Context) (err error) {
-		if done, err = a.committed(ctx, v, rec.ID); err != nil || done == "" && rec.Kind != op.KindSettle {
+		if done, err = a.committed(ctx, v, rec.ID); err != nil || done == "" && rec.Kind != op.KindSettle && rec.Kind != op.KindRepair {
 			return err
 		}
 		return a.recoverSettling(ctx, o, entries)
@@ -144,7 +144,7 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	switch {
 	case err != nil:
 		return err
-	case rec.Kind == op.KindSettle:
+	case rec.Kind == op.KindSettle, rec.Kind == op.KindRepair: // what else a repair does is one step each
 		return interrupted
 	case done != "":
 		o.SetSnapshot(done)

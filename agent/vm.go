@@ -30,6 +30,7 @@ type vm struct {
 
 	stats fileStats
 	space spaceMeter
+	whole wholeImages
 
 	// changing is held for writing while layers are made or moved, so that
 	// nobody takes a half-finished change for the state of the disks.

@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tempSuffix marks the link that PointAt renames. One that a crash left behind
+// LinkSuffix marks the link that PointAt renames. One that a crash left behind
 // is only another name of the layer and is replaced by the next PointAt.
-const tempSuffix = ".vmsnap-link"
+const LinkSuffix = ".vmsnap-link"
 
 // PointAt makes launch lead to a layer, in one atomic step: whoever opens launch
 // gets the layer it led to before or the new one. Beside the layer it becomes
@@ -37,7 +37,7 @@ func (d *Dir) pointAt(launch string, in *Dir, layer string) error {
 	if got, err := d.Lead(launch); err == nil && got.FileID == want.FileID {
 		return nil // rename between two names of one file would do nothing and keep both
 	}
-	tmp := launch + tempSuffix
+	tmp := launch + LinkSuffix
 	if err := d.Remove(tmp); err != nil {
 		return err
 	}

@@ -19,7 +19,7 @@ func TestPointAt(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, at("new"), "new")
-	write(t, at("launch"+tempSuffix), "left behind by a crash")
+	write(t, at("launch"+LinkSuffix), "left behind by a crash")
 	for range 2 { // the second time there is nothing to do
 		if err := d.PointAt("launch", d, "new"); err != nil {
 			t.Fatal(err)
@@ -34,7 +34,7 @@ func TestPointAt(t *testing.T) {
 	if a, b := stat(t, d, "launch"), stat(t, d, "new"); a.FileID != b.FileID || a.Links != 2 {
 		t.Errorf("launch is %+v, and the layer %+v", a, b)
 	}
-	if _, err := d.Stat("launch" + tempSuffix); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := d.Stat("launch" + LinkSuffix); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the temporary link is left: %v", err)
 	}
 	if err := d.PointAt("launch", d, "missing"); err == nil {

@@ -284,8 +284,8 @@ func TestFindings(t *testing.T) {
 			}
 		}
 	})
-	if diff := cmp.Diff(slices.Sorted(maps.Keys(codes)), column(table(t, "exit-codes.md", "finding"), 0)); diff != "" {
-		t.Errorf("exit-codes.md and the code differ (-code +document):\n%s", diff)
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(codes)), column(table(t, "doctor.md", "finding"), 0)); diff != "" {
+		t.Errorf("doctor.md and the code differ (-code +document):\n%s", diff)
 	}
 }
 

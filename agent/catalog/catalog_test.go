@@ -253,6 +253,17 @@ func TestLayerByInodePrefersOwnLayers(t *testing.T) {
 	same(t, "layer", got.ID, own.ID)
 }
 
+func TestCoveredLayers(t *testing.T) {
+	ctx, c := t.Context(), openTest(t, t.TempDir())
+	_, disk := seed(t, c, "web")
+	lowest := layer(disk, "lowest", "") // it lies on nothing
+	lowest.Covered = true
+	check(t, c.PutLayer(ctx, lowest))
+	got, err := c.CoveredLayers(ctx, disk.ID)
+	check(t, err)
+	same(t, "covered", got, []Layer{lowest})
+}
+
 func TestDependantsAreThoseOfOtherVMs(t *testing.T) {
 	ctx, c := t.Context(), openTest(t, t.TempDir())
 	web, _ := seed(t, c, "web")

@@ -62,7 +62,7 @@ func (r reader) Layer(ctx context.Context, id string) (Layer, error) {
 // CoveredLayers returns the layers of a disk that another one lies on, or that
 // are kept for a snapshot.
 func (r reader) CoveredLayers(ctx context.Context, diskID string) ([]Layer, error) {
-	return query(ctx, r, scanLayer, "SELECT "+layerColumns+" FROM layers WHERE disk = ? AND covered <> 0", diskID)
+	return query(ctx, r, scanLayer, selectLayer+" WHERE l.disk = ? AND l.covered <> 0 ORDER BY l.created, l.id", diskID)
 }
 
 // Layers returns all layers of a VM's disks, the oldest first.

@@ -17,6 +17,7 @@ const (
 	KindFreeze   Kind = "freeze"   // hold a guest frozen until it is thawed or its lease ends
 	KindVerify   Kind = "verify"   // compare a snapshot's files with what was recorded
 	KindRestore  Kind = "restore"  // go back to what snapshots hold
+	KindRepair   Kind = "repair"   // put right what the doctor has found
 	KindSettle   Kind = "settle"   // point launch paths at the active layers of a stopped VM
 )
 

@@ -16,8 +16,8 @@ type Backend interface {
 	Forget(ctx context.Context, ref string, release bool) (layers []string, err error)
 	Freeze(ctx context.Context, req agent.FreezeRequest) (agent.FreezeView, error)
 	Thaw(ctx context.Context, ref string) (agent.ThawResult, error)
-	Diagnose(ctx context.Context, ref string) ([]agent.Finding, error)
-	Repair(ctx context.Context, ref string) ([]agent.Finding, error)
+	Diagnose(ctx context.Context, req agent.DoctorRequest) (agent.Diagnosis, error)
+	Repair(ctx context.Context, req agent.DoctorRequest) (agent.Diagnosis, error)
 
 	PlanSnapshot(ctx context.Context, req agent.SnapshotRequest) (agent.Plan, error)
 	CreateSnapshot(ctx context.Context, req agent.SnapshotRequest) (op.Record, error)

@@ -114,5 +114,6 @@ func layerProto(l agent.LayerView) *vmsnapv1.Layer {
 func findingProto(f agent.Finding) *vmsnapv1.Finding {
 	return &vmsnapv1.Finding{
 		Code: text(f.Code), Message: text(f.Message), Hint: text(f.Hint), Repairable: f.Repairable, Repaired: f.Repaired,
+		Repair: text(f.Repair),
 	}
 }

@@ -45,11 +45,12 @@ func (r Role) String() string {
 
 // needed is the role that each procedure needs. What is not in it is refused.
 var needed = map[string]Role{
-	vmsnapv1connect.VMServiceListVMsProcedure:    Viewer,
-	vmsnapv1connect.VMServiceGetVMProcedure:      Viewer,
-	vmsnapv1connect.VMServiceFreezeVMProcedure:   Operator,
-	vmsnapv1connect.VMServiceThawVMProcedure:     Operator,
-	vmsnapv1connect.VMServiceDiagnoseVMProcedure: Viewer,
+	vmsnapv1connect.VMServiceListVMsProcedure:  Viewer,
+	vmsnapv1connect.VMServiceGetVMProcedure:    Viewer,
+	vmsnapv1connect.VMServiceFreezeVMProcedure: Operator,
+	vmsnapv1connect.VMServiceThawVMProcedure:   Operator,
+	// A diagnosis changes nothing, but it reads images and talks to the guest.
+	vmsnapv1connect.VMServiceDiagnoseVMProcedure: Operator,
 	vmsnapv1connect.VMServiceRepairVMProcedure:   Operator,
 	vmsnapv1connect.VMServiceForgetVMProcedure:   Admin,
 

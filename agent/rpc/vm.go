@@ -83,20 +83,24 @@ func (s vmService) DiagnoseVM(ctx context.Context, req *connect.Request[vmsnapv1
 	if err := checkRef("vm", req.Msg.GetVm()); err != nil {
 		return nil, err
 	}
-	findings, err := s.backend.Diagnose(ctx, req.Msg.GetVm())
+	d, err := s.backend.Diagnose(ctx, agent.DoctorRequest{VM: req.Msg.GetVm(), Deep: req.Msg.GetDeep()})
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&vmsnapv1.DiagnoseVMResponse{Findings: each(findings, findingProto)}), nil
+	return connect.NewResponse(&vmsnapv1.DiagnoseVMResponse{Findings: each(d.Findings, findingProto), Skipped: text(d.Skipped)}), nil
 }
 
 func (s vmService) RepairVM(ctx context.Context, req *connect.Request[vmsnapv1.RepairVMRequest]) (*connect.Response[vmsnapv1.RepairVMResponse], error) {
 	if err := checkRef("vm", req.Msg.GetVm()); err != nil {
 		return nil, err
 	}
-	findings, err := s.backend.Repair(ctx, req.Msg.GetVm())
+	caller, err := uid(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&vmsnapv1.RepairVMResponse{Findings: each(findings, findingProto)}), nil
+	d, err := s.backend.Repair(ctx, agent.DoctorRequest{VM: req.Msg.GetVm(), Deep: req.Msg.GetDeep(), UID: caller})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.RepairVMResponse{Findings: each(d.Findings, findingProto)}), nil
 }

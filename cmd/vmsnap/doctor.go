@@ -10,45 +10,114 @@ import (
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 )
 
-func (a *app) doctor() *cobra.Command {
-	repair := false
-	cmd := &cobra.Command{
-		Use:   "doctor VM",
-		Short: "Look for what is wrong with a VM, and repair it",
-		Long: `Look for what is wrong with a VM: a monitor that does not answer, disks that
-cannot be snapshotted, launch paths that are not settled, a guest that is frozen
-still, or that a failed save of its memory has left without leave to write.
+// checkup is what is asked of the doctor.
+type checkup struct{ repair, deep bool }
 
-Nothing is changed without --repair. Exits with 1 when something is left that is
-wrong.`,
-		Example: `  vmsnap doctor web
-  vmsnap doctor web --repair`,
-		Args:              takes("VM"),
+func (a *app) doctor() *cobra.Command {
+	var c checkup
+	cmd := &cobra.Command{
+		Use:   "doctor [VM]",
+		Short: "Look for what is wrong with a VM or with all, and repair it",
+		Long: `Compare what vmsnapd knows of a VM with its files and with what QEMU has open:
+layers that are missing, damaged or not protected, launch paths that lead
+elsewhere, files that nothing accounts for, memory that is gone, and guests that
+are frozen, paused or hold still for another reason. Without a VM all are looked
+at.
+
+Nothing is changed without --repair, and nothing is ever deleted: files that seem
+to be of no use are moved to .vmsnap/quarantine beside them. Exits with 1 when
+something is left that is wrong. See docs/doctor.md for each finding.`,
+		Example: `  vmsnap doctor
+  vmsnap doctor web
+  vmsnap doctor web --repair
+  vmsnap doctor web --deep`,
+		Args:              takes("[VM]"),
 		ValidArgsFunction: a.completing(a.completeVMs),
 		RunE: func(_ *cobra.Command, args []string) error {
-			ctx, cancel := context.WithTimeout(a.asked, planTimeout)
-			defer cancel()
-			findings, err := a.findings(ctx, args[0], repair)
+			patients, err := a.patients(args)
 			if err != nil {
 				return err
 			}
-			if err := a.print(findingsResult(args[0], findings)); err != nil {
-				return err
-			}
-			left := 0
-			for _, f := range findings {
-				if !f.GetRepaired() {
-					left++
+			left, failed := 0, 0
+			for i := range patients {
+				p := &patients[i]
+				if err := a.examine(a.asked, c, p); err != nil {
+					if len(args) > 0 || a.asked.Err() != nil {
+						return err
+					}
+					p.skipped = err.Error() // the others are looked at all the same
+					failed++
+				}
+				for _, f := range p.findings {
+					if !f.GetRepaired() {
+						left++
+					}
 				}
 			}
-			if left == 0 {
-				return nil
+			if err := a.print(patientsResult(patients, len(args) > 0)); err != nil || left+failed == 0 {
+				return err
 			}
-			return &exitError{code: vmsnapv1.ErrorCode_ERROR_CODE_FAILED, message: fmt.Sprintf("%s: %d %s", args[0], left, plural(left, "finding"))}
+			message := fmt.Sprintf("%d %s", left, plural(left, "finding"))
+			if len(args) > 0 {
+				message = args[0] + ": " + message
+			}
+			if failed > 0 {
+				message += fmt.Sprintf(", and %d %s could not be looked at", failed, plural(failed, "VM"))
+			}
+			return &exitError{code: vmsnapv1.ErrorCode_ERROR_CODE_FAILED, message: message}
 		},
 	}
-	cmd.Flags().BoolVar(&repair, "repair", false, "repair what can be repaired")
+	flags := cmd.Flags()
+	flags.BoolVar(&c.repair, "repair", false, "repair what can be repaired")
+	flags.BoolVar(&c.deep, "deep", false, "also read saved memory and compare it with its checksum")
 	return cmd
+}
+
+// patient is a VM that is looked at.
+type patient struct {
+	ref, name string
+	findings  []*vmsnapv1.Finding
+	skipped   string
+}
+
+// patients returns the VM that is named, or all.
+func (a *app) patients(args []string) ([]patient, error) {
+	if len(args) > 0 {
+		return []patient{{ref: args[0], name: args[0]}}, nil
+	}
+	ctx, cancel := context.WithTimeout(a.asked, callTimeout)
+	defer cancel()
+	res, err := a.client().VMs().ListVMs(ctx, connect.NewRequest(&vmsnapv1.ListVMsRequest{}))
+	if err != nil {
+		return nil, err
+	}
+	var all []patient
+	seen := map[string]bool{} // two processes of one identity are one VM
+	for _, vm := range res.Msg.GetVms() {
+		if !seen[vm.GetId()] {
+			seen[vm.GetId()] = true
+			all = append(all, patient{ref: vm.GetId(), name: vm.GetName()})
+		}
+	}
+	return all, nil
+}
+
+// examine looks at one VM. It takes as long as its images are large.
+func (a *app) examine(ctx context.Context, c checkup, p *patient) error {
+	if c.repair {
+		res, err := a.client().VMs().RepairVM(ctx, connect.NewRequest(&vmsnapv1.RepairVMRequest{Vm: p.ref, Deep: c.deep}))
+		if err != nil {
+			return err
+		}
+		p.findings = res.Msg.GetFindings()
+		return nil
+	}
+	res, err := a.client().VMs().DiagnoseVM(ctx, connect.NewRequest(&vmsnapv1.DiagnoseVMRequest{Vm: p.ref, Deep: c.deep}))
+	if err != nil {
+		return err
+	}
+	p.findings, p.skipped = res.Msg.GetFindings(), res.Msg.GetSkipped()
+	return nil
 }
 
 func plural(n int, word string) string {
@@ -58,38 +127,51 @@ func plural(n int, word string) string {
 	return word + "s"
 }
 
-func (a *app) findings(ctx context.Context, vm string, repair bool) ([]*vmsnapv1.Finding, error) {
-	if repair {
-		res, err := a.client().VMs().RepairVM(ctx, connect.NewRequest(&vmsnapv1.RepairVMRequest{Vm: vm}))
-		if err != nil {
-			return nil, err
+// patientsResult shows the findings of one VM, or of several with their names.
+func patientsResult(patients []patient, one bool) result {
+	r := result{}
+	documents := []any{}
+	for _, p := range patients {
+		for _, f := range p.findings {
+			name := f.GetCode()
+			if !one {
+				name = p.name + " " + name
+			}
+			r.names = append(r.names, name)
 		}
-		return res.Msg.GetFindings(), nil
+		d := plain((&vmsnapv1.DiagnoseVMResponse{Findings: p.findings, Skipped: p.skipped}).ProtoReflect())
+		documents = append(documents, append(object{{"vm", p.name}}, d.(object)...))
 	}
-	res, err := a.client().VMs().DiagnoseVM(ctx, connect.NewRequest(&vmsnapv1.DiagnoseVMRequest{Vm: vm}))
-	if err != nil {
-		return nil, err
-	}
-	return res.Msg.GetFindings(), nil
-}
-
-func findingsResult(vm string, findings []*vmsnapv1.Finding) result {
-	r := result{document: &vmsnapv1.DiagnoseVMResponse{Findings: findings}}
-	for _, f := range findings {
-		r.names = append(r.names, f.GetCode())
+	r.document = object{{"vms", documents}}
+	if one {
+		r.document = documents[0]
 	}
 	r.human = func(p page, _ bool) error {
-		if len(findings) == 0 {
-			p.line("Nothing is wrong with %s.", vm)
+		for _, patient := range patients {
+			patient.print(p)
 		}
-		for _, f := range findings {
-			state := ""
-			if f.GetRepaired() {
-				state = "repaired: "
-			}
-			p.advice(f.GetCode()+": "+state+f.GetMessage(), f.GetHint())
+		if len(patients) == 0 {
+			p.line("There is no VM.")
 		}
 		return nil
 	}
 	return r
+}
+
+func (patient patient) print(p page) {
+	switch {
+	case patient.skipped != "":
+		p.line("%s: its files were not looked at: %s.", patient.name, patient.skipped)
+	case len(patient.findings) == 0:
+		p.line("Nothing is wrong with %s.", patient.name)
+	default:
+		p.line("%s:", patient.name)
+	}
+	for _, f := range patient.findings {
+		state := ""
+		if f.GetRepaired() {
+			state = "repaired: "
+		}
+		p.advice(f.GetCode()+": "+state+f.GetMessage(), f.GetHint())
+	}
 }

@@ -98,6 +98,9 @@ func descends(snapshots []*vmsnapv1.Snapshot, id, from string) bool {
 // snapshotNotes are what is special about a snapshot.
 func snapshotNotes(s *vmsnapv1.Snapshot, names map[string]string) []string {
 	var notes []string
+	if s.GetAutomatic() {
+		notes = append(notes, "automatic")
+	}
 	if m := s.GetMemory(); m != nil {
 		notes = append(notes, "memory "+size(m.GetSize()))
 	}

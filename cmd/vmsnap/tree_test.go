@@ -12,15 +12,16 @@ import (
 )
 
 // planted adds snapshots of a VM, the oldest first: each "NAME" or "NAME<PARENT",
-// and "…!" for the one where the VM is now.
+// "…!" for the one where the VM is now, and "…~" for an automatic one.
 func planted(b *rpctest.Backend, vm string, snapshots ...string) {
 	for i, text := range snapshots {
+		text, automatic := strings.CutSuffix(text, "~")
 		text, here := strings.CutSuffix(text, "!")
 		name, parent, _ := strings.Cut(text, "<")
 		s := agent.SnapshotView{
 			Snapshot: catalog.Snapshot{
 				ID: vm + name, VMID: "id-" + vm, VMName: vm, Name: name, Consistency: catalog.Crash,
-				Created: rpctest.Now.Add(time.Duration(i-len(snapshots)) * time.Hour),
+				Created: rpctest.Now.Add(time.Duration(i-len(snapshots)) * time.Hour), Automatic: automatic,
 			},
 			Space: &agent.SnapshotSpace{Exclusive: uint64(i) << 20},
 		}
@@ -58,7 +59,7 @@ func TestTree(t *testing.T) {
 		"tree-branches": {"snapshot list --tree", func(b *rpctest.Backend) {
 			planted(b, "web", "a", "b<a", "c<b", "d<a", "e<d!", "f<a", "other", "g<other")
 		}},
-		"tree-restored": {"snapshot list --tree", func(b *rpctest.Backend) { planted(b, "web", "a!", "b<a", "c<b") }},
+		"tree-restored": {"snapshot list --tree", func(b *rpctest.Backend) { planted(b, "web", "a!", "b<a", "c<b~") }},
 		"tree-nowhere":  {"snapshot list --tree", func(b *rpctest.Backend) { planted(b, "web", "a", "b<a") }},
 		// A catalog that has gone mad loses no snapshot.
 		"tree-circle": {"snapshot list --tree", func(b *rpctest.Backend) { planted(b, "web", "a<c", "b<a", "c<b", "d<gone", "e<e") }},

@@ -9,6 +9,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
 	"github.com/vmsnap/vmsnap/monitor"
+	"github.com/vmsnap/vmsnap/qga"
 )
 
 // TestQEMUDoctorRescues has another client save a guest's memory and cancel it,
@@ -20,6 +21,21 @@ func TestQEMUDoctorRescues(t *testing.T) {
 		if out := h.must("doctor", g.Name); !strings.Contains(out, "Nothing is wrong") {
 			t.Errorf("the doctor says: %s", out)
 		}
+		script, err := qga.Dial(h.ctx(), g.AgentSocket(), qga.DefaultLimits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := script.Freeze(h.ctx(), nil); err != nil {
+			t.Fatal(err)
+		}
+		_ = script.Close()
+		if f := h.ails(g.Name, "guest-frozen"); !f.Repairable {
+			t.Errorf("a guest that a script froze: %+v", f)
+		}
+		if f := h.ails(g.Name, "guest-frozen", "--repair"); !f.Repaired {
+			t.Errorf("a guest that a script froze: %+v", f)
+		}
+		thawed(t, g)
 		w, err := g.StartWriters(t.Context())
 		if err != nil {
 			t.Fatal(err)

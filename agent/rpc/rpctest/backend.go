@@ -157,23 +157,26 @@ func (b *Backend) Thaw(ctx context.Context, ref string) (agent.ThawResult, error
 	return agent.ThawResult{WasFrozen: true, Window: 1250 * time.Millisecond}, nil
 }
 
-// Diagnose finds the VM's problems.
-func (b *Backend) Diagnose(ctx context.Context, ref string) ([]agent.Finding, error) {
-	v, err := b.VM(ctx, ref)
-	var findings []agent.Finding
+// Diagnose finds the VM's problems, and skips one at which an operation works.
+func (b *Backend) Diagnose(ctx context.Context, req agent.DoctorRequest) (agent.Diagnosis, error) {
+	v, err := b.VM(ctx, req.VM)
+	var d agent.Diagnosis
 	for _, p := range v.Problems {
-		findings = append(findings, agent.Finding{Code: p.Code, Message: p.Message, Hint: p.Hint, Repairable: true})
+		d.Findings = append(d.Findings, agent.Finding{Code: p.Code, Message: p.Message, Hint: p.Hint, Repair: "end the other client", Repairable: true})
 	}
-	return findings, err
+	if v.Operation != "" {
+		d.Skipped = "operation " + v.Operation + " is at work on it"
+	}
+	return d, err
 }
 
 // Repair repairs them.
-func (b *Backend) Repair(ctx context.Context, ref string) ([]agent.Finding, error) {
-	findings, err := b.Diagnose(ctx, ref)
-	for i := range findings {
-		findings[i].Repaired = true
+func (b *Backend) Repair(ctx context.Context, req agent.DoctorRequest) (agent.Diagnosis, error) {
+	d, err := b.Diagnose(ctx, req)
+	for i := range d.Findings {
+		d.Findings[i].Repaired = true
 	}
-	return findings, err
+	return d, err
 }
 
 // PlanSnapshot plans a snapshot of a running VM with nothing in its way.

@@ -215,9 +215,11 @@ type Finding struct {
 	Code    string `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
 	Message string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
 	// What to do about it. May be empty.
-	Hint          string `protobuf:"bytes,3,opt,name=hint,proto3" json:"hint,omitempty"`
-	Repairable    bool   `protobuf:"varint,4,opt,name=repairable,proto3" json:"repairable,omitempty"`
-	Repaired      bool   `protobuf:"varint,5,opt,name=repaired,proto3" json:"repaired,omitempty"`
+	Hint       string `protobuf:"bytes,3,opt,name=hint,proto3" json:"hint,omitempty"`
+	Repairable bool   `protobuf:"varint,4,opt,name=repairable,proto3" json:"repairable,omitempty"`
+	Repaired   bool   `protobuf:"varint,5,opt,name=repaired,proto3" json:"repaired,omitempty"`
+	// What RepairVM does about it. Empty when it can do nothing.
+	Repair        string `protobuf:"bytes,6,opt,name=repair,proto3" json:"repair,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -287,9 +289,18 @@ func (x *Finding) GetRepaired() bool {
 	return false
 }
 
+func (x *Finding) GetRepair() string {
+	if x != nil {
+		return x.Repair
+	}
+	return ""
+}
+
 type DiagnoseVMRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Also read saved memory, and compare it with its checksum.
+	Deep          bool `protobuf:"varint,2,opt,name=deep,proto3" json:"deep,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -331,9 +342,18 @@ func (x *DiagnoseVMRequest) GetVm() string {
 	return ""
 }
 
+func (x *DiagnoseVMRequest) GetDeep() bool {
+	if x != nil {
+		return x.Deep
+	}
+	return false
+}
+
 type DiagnoseVMResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Findings      []*Finding             `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Findings []*Finding             `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
+	// Why the VM's files were not looked at. Empty when they were.
+	Skipped       string `protobuf:"bytes,2,opt,name=skipped,proto3" json:"skipped,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -375,9 +395,18 @@ func (x *DiagnoseVMResponse) GetFindings() []*Finding {
 	return nil
 }
 
+func (x *DiagnoseVMResponse) GetSkipped() string {
+	if x != nil {
+		return x.Skipped
+	}
+	return ""
+}
+
 type RepairVMRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// As in DiagnoseVMRequest.
+	Deep          bool `protobuf:"varint,2,opt,name=deep,proto3" json:"deep,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -417,6 +446,13 @@ func (x *RepairVMRequest) GetVm() string {
 		return x.Vm
 	}
 	return ""
+}
+
+func (x *RepairVMRequest) GetDeep() bool {
+	if x != nil {
+		return x.Deep
+	}
+	return false
 }
 
 type RepairVMResponse struct {
@@ -2124,7 +2160,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\fGetVMRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\".\n" +
 	"\rGetVMResponse\x12\x1d\n" +
-	"\x02vm\x18\x01 \x01(\v2\r.vmsnap.v1.VMR\x02vm\"\x87\x01\n" +
+	"\x02vm\x18\x01 \x01(\v2\r.vmsnap.v1.VMR\x02vm\"\x9f\x01\n" +
 	"\aFinding\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
@@ -2132,13 +2168,17 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\n" +
 	"repairable\x18\x04 \x01(\bR\n" +
 	"repairable\x12\x1a\n" +
-	"\brepaired\x18\x05 \x01(\bR\brepaired\"#\n" +
+	"\brepaired\x18\x05 \x01(\bR\brepaired\x12\x16\n" +
+	"\x06repair\x18\x06 \x01(\tR\x06repair\"7\n" +
 	"\x11DiagnoseVMRequest\x12\x0e\n" +
-	"\x02vm\x18\x01 \x01(\tR\x02vm\"D\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
+	"\x04deep\x18\x02 \x01(\bR\x04deep\"^\n" +
 	"\x12DiagnoseVMResponse\x12.\n" +
-	"\bfindings\x18\x01 \x03(\v2\x12.vmsnap.v1.FindingR\bfindings\"!\n" +
+	"\bfindings\x18\x01 \x03(\v2\x12.vmsnap.v1.FindingR\bfindings\x12\x18\n" +
+	"\askipped\x18\x02 \x01(\tR\askipped\"5\n" +
 	"\x0fRepairVMRequest\x12\x0e\n" +
-	"\x02vm\x18\x01 \x01(\tR\x02vm\"B\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
+	"\x04deep\x18\x02 \x01(\bR\x04deep\"B\n" +
 	"\x10RepairVMResponse\x12.\n" +
 	"\bfindings\x18\x01 \x03(\v2\x12.vmsnap.v1.FindingR\bfindings\";\n" +
 	"\x0fForgetVMRequest\x12\x0e\n" +

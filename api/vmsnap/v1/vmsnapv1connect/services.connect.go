@@ -100,9 +100,11 @@ type VMServiceClient interface {
 	FreezeVM(context.Context, *connect.Request[v1.FreezeVMRequest]) (*connect.Response[v1.FreezeVMResponse], error)
 	// ThawVM ends a freeze. It returns when the guest has answered.
 	ThawVM(context.Context, *connect.Request[v1.ThawVMRequest]) (*connect.Response[v1.ThawVMResponse], error)
-	// DiagnoseVM looks for what is wrong with a VM, and changes nothing.
+	// DiagnoseVM looks for what is wrong with a VM, and changes nothing. It reads the
+	// VM's images, and asks its guest whether it is frozen.
 	DiagnoseVM(context.Context, *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error)
-	// RepairVM puts right what it can of what DiagnoseVM finds.
+	// RepairVM puts right what it can of what DiagnoseVM finds. It returns when the
+	// operation that does so has ended.
 	RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error)
 }
 
@@ -222,9 +224,11 @@ type VMServiceHandler interface {
 	FreezeVM(context.Context, *connect.Request[v1.FreezeVMRequest]) (*connect.Response[v1.FreezeVMResponse], error)
 	// ThawVM ends a freeze. It returns when the guest has answered.
 	ThawVM(context.Context, *connect.Request[v1.ThawVMRequest]) (*connect.Response[v1.ThawVMResponse], error)
-	// DiagnoseVM looks for what is wrong with a VM, and changes nothing.
+	// DiagnoseVM looks for what is wrong with a VM, and changes nothing. It reads the
+	// VM's images, and asks its guest whether it is frozen.
 	DiagnoseVM(context.Context, *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error)
-	// RepairVM puts right what it can of what DiagnoseVM finds.
+	// RepairVM puts right what it can of what DiagnoseVM finds. It returns when the
+	// operation that does so has ended.
 	RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error)
 }
 

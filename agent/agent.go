@@ -34,8 +34,9 @@ type Config struct {
 	EventMaxAge  time.Duration // how old they get; 0: DefaultEventMaxAge
 	Sinks        []event.Sink  // where events are passed on to
 	ScheduleCaps ScheduleCaps  // what schedules may keep
-	Limits       op.Limits     // of operations that run at the same time
-	Hooks        HookConfig    // the host's own programs around operations
+	Profiles     map[string]Profile
+	Limits       op.Limits  // of operations that run at the same time
+	Hooks        HookConfig // the host's own programs around operations
 	// OnOperation, when not nil, is called with every operation that ends.
 	OnOperation func(op.Record)
 	// OnFreezeWindow, when not nil, is called with every freeze window.
@@ -66,6 +67,7 @@ type Agent struct {
 	mu        sync.RWMutex
 	vms       map[string]*vm // by catalog id
 	overrides []discover.Override
+	profiles  map[string]Profile
 	// stopping is closed when Run begins to wait for the recipes: those that
 	// wait for what may never come leave it to the next agent.
 	stopping chan struct{}
@@ -87,7 +89,7 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 		cfg: cfg, log: cfg.Logger, catalog: cat, overrides: overrides,
 		ops: op.NewRunner(cat, cfg.Logger.Named("operation"), op.Limit(cfg.Limits)), news: newNews(cat, cfg.Logger.Named("event")),
 		vms: map[string]*vm{}, reloads: make(chan reloading), stopping: make(chan struct{}),
-		clock: time.Now, scheduler: newScheduler(),
+		profiles: cfg.Profiles, clock: time.Now, scheduler: newScheduler(),
 	}
 	a.create = a.CreateSnapshot
 	return a, nil

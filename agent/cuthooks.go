@@ -13,7 +13,15 @@ func (c *cut) hooked() {
 	c.hooks = c.hooksOf(c.o, c.vm, op.KindSnapshot, c.req.UID)
 	c.hooks.warn = func(w op.Warning) { c.warn(w.Code, w.Disk, w.Message) }
 	c.hooks.snapshot = c.told
+	c.hooks.choose(c.req)
 	c.o.OnFailure(c.hooks.failed)
+}
+
+// choose takes the directory that a profile names.
+func (h *hooks) choose(req SnapshotRequest) {
+	if req.Hooks != nil {
+		h.dir = *req.Hooks
+	}
 }
 
 // told is what hooks are told of the snapshot.

@@ -275,6 +275,10 @@ func (a *Agent) recoverEnded(ctx context.Context, o *op.Op, v *vm, rec op.Record
 	}
 	h := a.hooksOf(o, v, rec.Kind, rec.UID)
 	h.in.Recovered = true
+	var req SnapshotRequest
+	if err := json.Unmarshal(rec.Request, &req); err == nil { // else by the usual directory
+		h.choose(req)
+	}
 	h.snapshot = func(ctx context.Context) *hook.Snapshot { return a.toldOf(ctx, taken) }
 	h.last(ctx, hook.PostSnapshot, nil)
 }

@@ -90,7 +90,7 @@ func (a *Agent) PlanSnapshot(ctx context.Context, req SnapshotRequest) (Plan, er
 	if err != nil {
 		return Plan{}, err
 	}
-	if err := checkRequest(&req); err != nil {
+	if err := a.checkRequest(&req); err != nil {
 		return Plan{}, err
 	}
 	register := v.changing.TryRLock()
@@ -297,10 +297,11 @@ func choose(vm string, names []string, req SnapshotRequest, p *preflight) (map[s
 	}
 	chosen := map[string]bool{}
 	for _, n := range names {
-		switch {
-		case slices.Contains(req.Exclude, n):
+		takes, excluded := req.takesDisk(n)
+		if excluded {
 			p.warn(warnExcluded, n, "disk %s is excluded and carried forward unchanged", n)
-		case len(req.Disks) == 0 || slices.Contains(req.Disks, n):
+		}
+		if takes {
 			chosen[n] = true
 		}
 	}

@@ -217,6 +217,7 @@ func (c *cut) load(ctx context.Context, rec op.Record, entries []op.Entry) (p pr
 	if err := json.Unmarshal(rec.Request, &c.req); err != nil {
 		return p, false, err
 	}
+	c.hooks.choose(c.req)
 	c.req.UID, c.hooks.in.Operation.UID, c.hooks.in.Recovered = rec.UID, rec.UID, true
 	c.quiesce = catalog.Quiesce{Requested: string(c.req.Quiesce), Reason: "vmsnapd ended before the guest confirmed that it was frozen at the cut"}
 	for _, e := range entries {

@@ -147,7 +147,7 @@ func (a *Agent) checkSnapshots(s *ScheduleSpec, rule *schedule.Rule, now time.Ti
 	}
 	example := s.Snapshot
 	example.Name = template.Name(schedule.Naming{VM: "vm", Schedule: s.Name, Time: rule.Next(now)})
-	if err := checkRequest(&example); err != nil {
+	if err := a.checkRequest(&example); err != nil {
 		return fault.New(fault.Of(err), "schedule %s: %w", s.Name, err)
 	}
 	return nil
@@ -156,19 +156,23 @@ func (a *Agent) checkSnapshots(s *ScheduleSpec, rule *schedule.Rule, now time.Ti
 // checkRetention checks a retention against the caps, and that there is
 // something to delete with.
 func (a *Agent) checkRetention(s *ScheduleSpec) error {
-	if err := s.Retention.Check(); err != nil {
+	r := s.Retention
+	if p, err := a.profile(s.Snapshot.Profile); err == nil && r.None() {
+		r = p.Retention
+	}
+	if err := r.Check(); err != nil {
 		return fault.New(fault.Usage, "schedule %s: %w", s.Name, err)
 	}
 	caps := a.cfg.ScheduleCaps
-	if most, counted := s.Retention.Most(); caps.Keep > 0 && (!counted || most > caps.Keep) {
+	if most, counted := r.Most(); caps.Keep > 0 && (!counted || most > caps.Keep) {
 		return fault.New(fault.Denied, "schedule %s: it would keep %s; at most %d are allowed here", s.Name, keeps(most, counted), caps.Keep).
 			WithHint("give it a retention of at most %d in all; the setting schedule-max-keep bounds it", caps.Keep)
 	}
-	if caps.MaxAge > 0 && (s.Retention.MaxAge == 0 || s.Retention.MaxAge > caps.MaxAge) {
+	if caps.MaxAge > 0 && (r.MaxAge == 0 || r.MaxAge > caps.MaxAge) {
 		return fault.New(fault.Denied, "schedule %s: its snapshots would be kept for longer than the %s that are allowed here", s.Name, caps.MaxAge).
 			WithHint("give it a maximum age; the setting schedule-max-age bounds it")
 	}
-	if !s.Retention.None() && a.deleter == nil {
+	if !r.None() && a.deleter == nil {
 		return fault.New(fault.Unsupported, "schedule %s: this vmsnapd cannot delete snapshots yet, so a schedule cannot have a retention", s.Name)
 	}
 	return nil

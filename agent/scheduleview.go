@@ -225,6 +225,9 @@ func (a *Agent) coming(ctx context.Context, s catalog.Schedule, v *vm, disk stri
 	if err != nil || json.Unmarshal(s.Spec.Snapshot, &req) != nil {
 		return nil
 	}
+	if p, err := a.profile(req.Profile); err == nil {
+		p.apply(&req)
+	}
 	disks := v.takes(req)
 	if disk != "" && !slices.Contains(disks, disk) {
 		return nil
@@ -248,7 +251,7 @@ func (v *vm) takes(req SnapshotRequest) []string {
 	defer v.mu.Unlock()
 	var devices []string
 	for _, d := range v.disks {
-		if !d.Removed && !slices.Contains(req.Exclude, d.Device) && (len(req.Disks) == 0 || slices.Contains(req.Disks, d.Device)) {
+		if takes, _ := req.takesDisk(d.Device); takes && !d.Removed {
 			devices = append(devices, d.Device)
 		}
 	}
@@ -280,7 +283,7 @@ func (a *Agent) verdicts(ctx context.Context, s catalog.Schedule, rule *schedule
 		}
 		points = append(points, p)
 	}
-	return s.Spec.Retention.Judge(points, a.clock(), rule.Zone()), nil
+	return a.retention(s.Spec).Judge(points, a.clock(), rule.Zone()), nil
 }
 
 // takenSpace is what a snapshot's files take.

@@ -23,7 +23,7 @@ func (a *Agent) CreateSnapshot(ctx context.Context, req SnapshotRequest) (op.Rec
 	if err != nil {
 		return op.Record{}, err
 	}
-	if err := checkRequest(&req); err != nil {
+	if err := a.checkRequest(&req); err != nil {
 		return op.Record{}, err
 	}
 	spec := op.Spec{Kind: op.KindSnapshot, VMID: v.id, VMName: v.name(), Request: req, RequestID: req.RequestID, UID: req.UID}

@@ -136,8 +136,14 @@ type SnapshotRequest struct {
 	Strategy      MemoryStrategy // chosen when empty
 	MaxPause      time.Duration  // 0: no limit
 	Compress      bool
+	Profile       string // fills in what the others leave open; none when empty
 	RequestID     string `json:"-"`
 	UID           uint32 `json:"-"`
+
+	// What only a profile says.
+	DiskPatterns    []string `json:",omitempty"`
+	ExcludePatterns []string `json:",omitempty"`
+	Hooks           *string  `json:",omitempty"` // directory of the hooks; empty: none; nil: the usual one
 }
 
 // MemoryStrategy is a way to save memory. See package memdump, whose words

@@ -61,6 +61,7 @@ func snapshotRequest(ctx context.Context, msg *vmsnapv1.CreateSnapshotRequest) (
 		Strategy:      strategyOf(msg.GetMemoryStrategy()),
 		MaxPause:      msg.GetMaxPause().AsDuration(),
 		Compress:      msg.GetCompress(),
+		Profile:       msg.GetProfile(),
 		RequestID:     msg.GetRequestId(),
 		UID:           caller,
 	}, nil

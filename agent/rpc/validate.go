@@ -133,6 +133,7 @@ func checkCreate(msg *vmsnapv1.CreateSnapshotRequest) error {
 		checkDuration("freeze_timeout", msg.GetFreezeTimeout()),
 		checkDuration("lease", msg.GetLease()),
 		checkDuration("max_pause", msg.GetMaxPause()),
+		checkLength("profile", msg.GetProfile(), maxName),
 		checkLength("request_id", msg.GetRequestId(), maxRequestID),
 	)
 }

@@ -155,6 +155,7 @@ first one's snapshot instead of taking another.`,
 func (c *creation) options(a *app, cmd *cobra.Command) {
 	c.freezing.flags(cmd)
 	flags := cmd.Flags()
+	flags.StringVar(&c.req.Profile, "profile", "", "take what is not given here from this `profile` of vmsnapd's configuration")
 	flags.StringArrayVar(&c.req.Disks, "disk", nil, "take only this `disk`; may be repeated")
 	flags.StringArrayVar(&c.req.Exclude, "exclude", nil, "leave out this `disk`; may be repeated")
 	flags.Var(&c.quiesce, "quiesce", "freeze the guest: require, prefer or none (default prefer, with --memory none)")
@@ -166,7 +167,7 @@ func (c *creation) options(a *app, cmd *cobra.Command) {
 	flags.StringArrayVar(&c.labels, "label", nil, "a label, `key=value`; may be repeated")
 	flags.BoolVar(&c.req.Strict, "strict", false, "refuse when there is a warning")
 	flags.BoolVar(&c.req.AllowPartial, "allow-partial", false, "let a disk that fails drop out, and exit with 3")
-	noFiles(cmd, "description", "label", "max-pause")
+	noFiles(cmd, "profile", "description", "label", "max-pause")
 	must(cmd.RegisterFlagCompletionFunc("memory-strategy", cobra.FixedCompletions([]string{"background", "precopy", "stopped"}, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("quiesce", cobra.FixedCompletions([]string{"require", "prefer", "none"}, cobra.ShellCompDirectiveNoFileComp)))
 	must(cmd.RegisterFlagCompletionFunc("disk", a.completing(a.completeDisks)))
@@ -197,7 +198,7 @@ func (c *creation) take(cmd *cobra.Command) error {
 		return err
 	}
 	for _, name := range []string{"memory-strategy", "max-pause", "compress"} {
-		if cmd.Flags().Changed(name) && !c.req.GetMemory() {
+		if cmd.Flags().Changed(name) && !c.req.GetMemory() && c.req.GetProfile() == "" {
 			return usage(cmd, "--%s is about memory: give --memory too", name)
 		}
 	}

@@ -75,6 +75,7 @@ func optionsText(o *vmsnapv1.CreateSnapshotRequest) string {
 	}
 	add(len(o.GetDisks()) > 0, "disks %s", strings.Join(o.GetDisks(), ","))
 	add(len(o.GetExclude()) > 0, "without %s", strings.Join(o.GetExclude(), ","))
+	add(o.GetProfile() != "", "profile %s", o.GetProfile())
 	add(o.GetQuiesce() != vmsnapv1.Quiesce_QUIESCE_UNSPECIFIED, "quiesce %s", word(o.GetQuiesce()))
 	add(o.GetMemory(), "with memory")
 	add(o.GetMaxPause() != nil, "max. pause %s", o.GetMaxPause().AsDuration())

@@ -104,7 +104,7 @@ func (c *chosen) apply(cmd *cobra.Command, spec *vmsnapv1.ScheduleSpec) error {
 func (c *chosen) applyOptions(cmd *cobra.Command, into *vmsnapv1.CreateSnapshotRequest) {
 	fields := map[string]string{
 		"disk": "disks", "exclude": "exclude", "quiesce": "quiesce", "memory": "memory", "memory-strategy": "memory_strategy",
-		"max-pause": "max_pause", "compress": "compress", "description": "description", "label": "labels", "strict": "strict",
+		"max-pause": "max_pause", "compress": "compress", "profile": "profile", "description": "description", "label": "labels", "strict": "strict",
 		"allow-partial": "allow_partial", "mountpoint": "mountpoints", "freeze-timeout": "freeze_timeout", "lease": "lease",
 	}
 	from, to := c.req.ProtoReflect(), into.ProtoReflect()

@@ -49,6 +49,8 @@ type config struct {
 	HookTimeouts    map[string]string
 	HooksFailClosed []string
 
+	Profiles profiles
+
 	MaxOperations           int
 	MaxOperationsPerStorage int
 
@@ -68,6 +70,7 @@ func (c *config) settings() map[string]any {
 		"event-keep": &c.EventKeep, "event-max-age": &c.EventMaxAge, "event-journal": &c.EventJournal,
 		"webhook-url": &c.WebhookURL, "webhook-secret": &c.WebhookSecret,
 		"hooks-dir": &c.HooksDir, "hook-timeout": &c.HookTimeout, "hook-timeouts": &c.HookTimeouts, "hooks-fail-closed": &c.HooksFailClosed,
+		"profiles":       &c.Profiles,
 		"max-operations": &c.MaxOperations, "max-operations-per-storage": &c.MaxOperationsPerStorage,
 		"schedule-max-keep": &c.ScheduleMaxKeep, "schedule-max-age": &c.ScheduleMaxAge,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
@@ -157,6 +160,10 @@ func (c *config) read(path string, settings *yaml.Node, f *pflag.FlagSet) error 
 			c.places[name] = place
 		}
 		seen[name] = true
+		if p, ok := to.(*profiles); ok {
+			errs = append(errs, p.read(path, value))
+			continue
+		}
 		if value.Tag == "!!null" || value.Decode(to) != nil {
 			errs = append(errs, fmt.Errorf("configuration: %s: %s: must be %s", place, name, wanted(to)))
 		}

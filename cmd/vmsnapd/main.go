@@ -190,7 +190,7 @@ func openAgent(ctx context.Context, c config, m *metrics.Metrics, log hclog.Logg
 		PauseGuard: []string{guards.Executable[0], "pause-guard", "--log-level", c.LogLevel, "--log-format", c.LogFormat},
 		ScanOnly:   c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
 		EventKeep: c.EventKeep, EventMaxAge: c.EventMaxAge, Sinks: sinks,
-		Hooks: c.hooks(), Limits: op.Limits{Operations: c.MaxOperations, PerStorage: c.MaxOperationsPerStorage},
+		Hooks: c.hooks(), Profiles: c.Profiles, Limits: op.Limits{Operations: c.MaxOperations, PerStorage: c.MaxOperationsPerStorage},
 		ScheduleCaps: agent.ScheduleCaps{Keep: c.ScheduleMaxKeep, MaxAge: c.ScheduleMaxAge},
 		OnOperation:  m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow, OnPause: m.ObservePause,
 	})

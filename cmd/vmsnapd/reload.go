@@ -72,6 +72,8 @@ func (r *reloader) reload(ctx context.Context) {
 		r.config.LogLevel = fresh.LogLevel
 		r.log.SetLevel(hclog.LevelFromString(fresh.LogLevel))
 	}
+	r.agent.SetProfiles(fresh.Profiles)
+	r.config.Profiles = fresh.Profiles
 	for _, name := range changed(r.config, fresh) {
 		r.log.Warn("a setting takes effect when vmsnapd is started again", "setting", name)
 	}

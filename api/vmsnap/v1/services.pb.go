@@ -841,7 +841,10 @@ type CreateSnapshotRequest struct {
 	// warn when they did. Absent: no limit.
 	MaxPause *durationpb.Duration `protobuf:"bytes,16,opt,name=max_pause,json=maxPause,proto3" json:"max_pause,omitempty"`
 	// Compress the memory file once it is saved.
-	Compress      bool `protobuf:"varint,17,opt,name=compress,proto3" json:"compress,omitempty"`
+	Compress bool `protobuf:"varint,17,opt,name=compress,proto3" json:"compress,omitempty"`
+	// A set of options that vmsnapd is configured with. It fills in what this
+	// request leaves open. Empty: none.
+	Profile       string `protobuf:"bytes,18,opt,name=profile,proto3" json:"profile,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -993,6 +996,13 @@ func (x *CreateSnapshotRequest) GetCompress() bool {
 		return x.Compress
 	}
 	return false
+}
+
+func (x *CreateSnapshotRequest) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
 }
 
 type CreateSnapshotResponse struct {
@@ -2198,7 +2208,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x0eThawVMResponse\x12\x1d\n" +
 	"\n" +
 	"was_frozen\x18\x01 \x01(\bR\twasFrozen\x12>\n" +
-	"\rfreeze_window\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\"\xdd\x05\n" +
+	"\rfreeze_window\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\"\xf7\x05\n" +
 	"\x15CreateSnapshotRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
@@ -2218,7 +2228,8 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x06memory\x18\x0e \x01(\bR\x06memory\x12B\n" +
 	"\x0fmemory_strategy\x18\x0f \x01(\x0e2\x19.vmsnap.v1.MemoryStrategyR\x0ememoryStrategy\x126\n" +
 	"\tmax_pause\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\bmaxPause\x12\x1a\n" +
-	"\bcompress\x18\x11 \x01(\bR\bcompress\x1a9\n" +
+	"\bcompress\x18\x11 \x01(\bR\bcompress\x12\x18\n" +
+	"\aprofile\x18\x12 \x01(\tR\aprofile\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"L\n" +

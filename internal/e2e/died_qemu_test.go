@@ -162,7 +162,7 @@ func (b *bench) stopsRound(m moment, round int) {
 	resume(pass)
 	select {
 	case <-b.exited:
-	case <-time.After(20 * time.Second):
+	case <-time.After(eventLimit):
 		b.t.Fatalf("%s: the daemon does not stop:\n%s", m, b.log)
 	}
 	b.start()

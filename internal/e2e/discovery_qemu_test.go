@@ -64,7 +64,7 @@ func follows(t *testing.T, h *host, vm *still, limit time.Duration) {
 // tell sends QEMU a command without arguments.
 func (s *still) tell(command string) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
 	if err := s.own.Execute(ctx, command, nil, nil); err != nil {
 		s.t.Fatal(err)
@@ -76,8 +76,8 @@ func TestQEMUIsListedFromStartToExit(t *testing.T) {
 		vm := newStill(t, q, "appears-"+q.Name, "root.qcow2", "data.qcow2")
 		vm.kill()
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
-		follows(t, h, vm, time.Second)
-		follows(t, h, vm, time.Second)
+		follows(t, h, vm, promptly(time.Second))
+		follows(t, h, vm, promptly(time.Second))
 		if r := h.run("vm", "list"); r.code != 0 || strings.Contains(r.stderr, "scanning") || !strings.Contains(r.stdout, vm.name) {
 			t.Errorf("vm list: %+v", r)
 		}
@@ -349,7 +349,7 @@ func TestWrongSettingsStopTheDaemon(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), eventLimit)
 			defer cancel()
 			out, err := exec.CommandContext(ctx, filepath.Join(binaries, "vmsnapd"), "--config", config, "--state-dir", h.path("state"), "--run-dir", h.dir,
 				"--socket", h.socket, "--metrics-listen", h.metrics, "--vms-dir", h.path("vms.d"), "--listed-only").CombinedOutput()

@@ -58,7 +58,7 @@ func (b *bench) occupy(command string) (end func()) {
 				if err := got.Decode(&e); err != nil {
 					b.t.Fatal(err)
 				}
-			case <-time.After(20 * time.Second):
+			case <-time.After(eventLimit):
 				b.t.Fatal("the job does not end")
 			}
 			if e.Status == "null" {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"testing"
-	"time"
 
 	"connectrpc.com/connect"
 
@@ -58,7 +57,7 @@ func (h *host) killRound(vm *still, p killPoint, round int) bool {
 // idle fails while an operation runs.
 func (h *host) idle() error {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
 	res, err := h.Operations().ListOperations(ctx, connect.NewRequest(&vmsnapv1.ListOperationsRequest{Active: true}))
 	if err != nil {

@@ -92,7 +92,7 @@ func (m *machine) kill() {
 // hold takes one of the machine's monitors, once it is there.
 func (m *machine) hold(socket string) *monitor.Session {
 	m.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
 	for {
 		s, err := monitor.Dial(ctx, filepath.Join(m.dir, socket))

@@ -99,7 +99,7 @@ func loadInto(ctx context.Context, s *monitor.Session, memory string) error {
 // memory and its disks are of one instant.
 func counts(t *testing.T, g *testvm.Guest, when string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), eventLimit)
 	defer cancel()
 	first, err := g.Count(ctx)
 	for n := first; err == nil && n < first+5; {

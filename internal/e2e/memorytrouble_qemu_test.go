@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
 	"github.com/vmsnap/vmsnap/monitor"
@@ -31,7 +30,7 @@ func (s *still) run() {
 // status is QEMU's own run state.
 func (s *still) status() monitor.Status {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
 	status, err := s.own.QueryStatus(ctx)
 	if err != nil {
@@ -210,8 +209,15 @@ func TestQEMUAPausedVMStaysPaused(t *testing.T) {
 // its threads.
 func (h *host) failing(pid int, call, cause string, n int) (end func()) {
 	h.t.Helper()
-	tracer := exec.Command("strace", "-f", "-b", "execve", "-q", "-o", h.path("failing"), "-e", "trace="+call,
-		"-e", fmt.Sprintf("inject=%s:error=%s:when=%d+", call, cause, n), "-p", fmt.Sprint(pid))
+	return h.tamper(pid, call, fmt.Sprintf("error=%s:when=%d+", cause, n))
+}
+
+// tamper changes what becomes of a system call of a process: see -e inject of
+// strace.
+func (h *host) tamper(pid int, call, how string) (end func()) {
+	h.t.Helper()
+	tracer := exec.Command("strace", "-f", "-b", "execve", "-q", "-o", h.path("tampered"), "-e", "trace="+call,
+		"-e", "inject="+call+":"+how, "-p", fmt.Sprint(pid))
 	if err := tracer.Start(); err != nil {
 		h.t.Fatal(err)
 	}

@@ -3,7 +3,6 @@ package e2e
 import (
 	"context"
 	"testing"
-	"time"
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
 )
@@ -15,7 +14,7 @@ func TestQEMUMigratedVMIsLeftAlone(t *testing.T) {
 		vm := newStill(t, q, "migrated-"+q.Name, "root.qcow2")
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
 		h.await(vm.name, "paused")
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 		defer cancel()
 		if err := vm.own.Cont(ctx); err != nil {
 			t.Fatal(err)

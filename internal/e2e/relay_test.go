@@ -182,7 +182,7 @@ func (g *gate) await(h *host) {
 	h.t.Helper()
 	select {
 	case <-g.reached:
-	case <-time.After(30 * time.Second):
+	case <-time.After(eventLimit):
 		h.t.Fatalf("the daemon did not send %s\nvmsnapd's log:\n%s", g.word, h.log)
 	}
 }

@@ -84,7 +84,7 @@ func (s *still) tryStart() error {
 	}
 	ended := make(chan struct{})
 	go func() { _ = cmd.Wait(); close(ended) }()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
 	for {
 		own, err := monitor.Dial(ctx, s.dir+"/q2")
@@ -106,7 +106,7 @@ func (s *still) tryStart() error {
 
 func (s *still) start() {
 	s.t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(eventLimit)
 	for {
 		err := s.tryStart()
 		if err == nil {
@@ -134,7 +134,7 @@ func (s *still) kill() {
 // write writes a value to each disk, durably, as the guest would.
 func (s *still) write(value int) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
 	for _, d := range s.disks {
 		// HMP's qemu-io reports to QEMU's standard output, so what it did is
@@ -151,7 +151,7 @@ func (s *still) write(value int) {
 // that QEMU has active.
 func (s *still) holds(value int, when string) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
 	g, err := blockdev.ReadGraph(ctx, s.own)
 	if err != nil {

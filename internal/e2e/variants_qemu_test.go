@@ -386,7 +386,7 @@ func (s *still) traced(call string, f func()) string {
 	if err := tracer.Start(); err != nil {
 		s.t.Fatal(err)
 	}
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(eventLimit)
 	for {
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
 		if err != nil || time.Now().After(deadline) {

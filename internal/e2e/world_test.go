@@ -41,7 +41,7 @@ func (h *host) world(own *monitor.Session, dir string) world {
 	if own == nil {
 		return w
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
 	var nodes []struct {
 		Name string `json:"node-name"`
@@ -199,7 +199,7 @@ func (c *creation) end() result {
 	select {
 	case <-c.ended:
 		return c.result
-	case <-time.After(60 * time.Second):
+	case <-time.After(eventLimit):
 		c.h.t.Fatalf("the snapshot does not end\nvmsnapd's log:\n%s", c.h.log)
 		return result{}
 	}
@@ -247,7 +247,7 @@ func (h *host) cancel(id string) error {
 	h.t.Helper()
 	began := time.Now()
 	_, err := h.Operations().CancelOperation(h.ctx(), connect.NewRequest(&vmsnapv1.CancelOperationRequest{Id: id}))
-	if took := time.Since(began); took > time.Second {
+	if took := time.Since(began); took > promptly(time.Second) {
 		h.t.Errorf("the cancel was acknowledged after %s", took)
 	}
 	return err

@@ -54,5 +54,13 @@ func (a *Agent) toldOf(ctx context.Context, taken catalog.Snapshot) *hook.Snapsh
 	return s
 }
 
+// restoreHooks runs the hooks before a restore. Those after it are owed.
+func (a *Agent) restoreHooks(ctx context.Context, o *op.Op, v *vm, s catalog.Snapshot, req RestoreRequest) (*hooks, error) {
+	h := a.hooksOf(o, v, op.KindRestore, req.UID)
+	h.snapshot = func(ctx context.Context) *hook.Snapshot { return a.toldOf(ctx, s) }
+	o.OnFailure(h.failed)
+	return h, h.before(ctx, hook.PreRestore, hook.PostRestore)
+}
+
 // ended lets the hooks follow a snapshot that is recorded.
 func (c *cut) ended(ctx context.Context) { c.hooks.last(ctx, hook.PostSnapshot, nil) }

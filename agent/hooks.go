@@ -114,8 +114,9 @@ func (h *hooks) last(ctx context.Context, phase hook.Phase, failure *hook.Failur
 	}
 }
 
-// failed runs the hooks of an operation that failed or was cancelled.
+// failed runs what is still owed, and the hooks of an operation that failed or was cancelled.
 func (h *hooks) failed(ctx context.Context, why op.Failure) {
+	h.after(ctx)
 	h.last(ctx, hook.OnFailure, &hook.Failure{Kind: string(why.Kind), Message: why.Message})
 }
 

@@ -148,7 +148,9 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return interrupted
 	case done != "":
 		o.SetSnapshot(done)
-		a.recoverEnded(ctx, o, v, rec, entries, done)
+		if rec.Kind == op.KindSnapshot {
+			a.recoverEnded(ctx, o, v, rec, entries, done)
+		}
 		return nil
 	}
 	if rec.Kind == op.KindRestore {

@@ -57,10 +57,19 @@ func (a *Agent) restore(ctx context.Context, o *op.Op, v *vm, s catalog.Snapshot
 		return err
 	}
 	r.run, r.disks, r.Resume, r.LiftReset = p.run, p.disks, p.resume, p.rebooks
-	if !p.live {
-		return r.stopped(ctx)
+	hooks, err := a.restoreHooks(ctx, o, v, s, req)
+	if err != nil {
+		return err
 	}
-	return r.live(ctx, p.subset)
+	if p.live {
+		err = r.live(ctx, p.subset)
+	} else {
+		err = r.stopped(ctx)
+	}
+	if err == nil {
+		hooks.after(ctx) // else it comes after the reverts
+	}
+	return err
 }
 
 // restore is a restore being done.

@@ -47,7 +47,7 @@ func hookedHost(t *testing.T, name, uuid string, flags ...string) *host {
 	t.Helper()
 	h := prepareHost(t)
 	h.flags = append(flags, "--hooks-dir", h.path("hooks.d"))
-	for _, phase := range []string{"pre-freeze", "post-thaw", "post-snapshot", "on-failure"} {
+	for _, phase := range []string{"pre-freeze", "post-thaw", "post-snapshot", "pre-restore", "post-restore", "on-failure"} {
 		h.hook(phase+"/10-note", fmt.Sprintf(`echo "$VMSNAP_PHASE:$VMSNAP_VM:$VMSNAP_SNAPSHOT:$VMSNAP_CONSISTENCY:$VMSNAP_FAILURE:$VMSNAP_RECOVERED" >>%s`, h.path("ran")))
 	}
 	h.list(name, uuid)
@@ -72,6 +72,12 @@ func TestQEMUHooks(t *testing.T) {
 	}
 	h.must("snapshot", "create", v.name, "one")
 	want("a snapshot", "pre-freeze:hooked:one:::", "post-thaw:hooked:one:::", "post-snapshot:hooked:one:crash::")
+
+	h.must("snapshot", "restore", v.name+"/one")
+	want("a restore", "pre-restore:hooked:one:crash::", "post-restore:hooked:one:crash::")
+	h.hook("pre-restore/20-no", "exit 1")
+	h.fails(1, "hook pre-restore/20-no failed", "snapshot", "restore", v.name+"/one")
+	want("a restore that is kept from", "pre-restore:hooked:one:crash::", "post-restore:hooked:one:crash::", "on-failure:hooked:one:crash:failed:")
 
 	// What fails before the cut keeps it from happening, and is made good.
 	before := h.world(v.own, v.dir)

@@ -153,7 +153,10 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		}
 		return nil
 	}
-	if rec.Kind == op.KindRestore {
+	switch rec.Kind {
+	case op.KindPreviewCommit:
+		return a.recoverPreviewCommit(ctx, o, v)
+	case op.KindRestore, op.KindPreview, op.KindPreviewUndo:
 		return a.recoverRestore(ctx, o, v, rec, entries)
 	}
 	c := &cut{Agent: a, o: o, vm: v, cutAt: rec.Started}

@@ -57,7 +57,7 @@ func (r *restore) to(ctx context.Context, s catalog.Snapshot, req RestoreRequest
 		return err
 	}
 	r.run, r.disks, r.Resume, r.LiftReset = p.run, p.disks, p.resume, p.rebooks
-	hooks, err := a.restoreHooks(ctx, o, v, s, req)
+	hooks, err := r.restoreHooks(ctx, o, r.vm, s, req)
 	if err != nil {
 		return err
 	}

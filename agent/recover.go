@@ -154,10 +154,10 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return nil
 	}
 	switch rec.Kind {
-	case op.KindPreviewCommit:
-		return a.recoverPreviewCommit(ctx, o, v)
-	case op.KindRestore, op.KindPreview, op.KindPreviewUndo:
+	case op.KindRestore:
 		return a.recoverRestore(ctx, o, v, rec, entries)
+	case op.KindExport:
+		return a.recoverExport(ctx, o, entries)
 	}
 	c := &cut{Agent: a, o: o, vm: v, cutAt: rec.Started}
 	c.hooked()

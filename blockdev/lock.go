@@ -45,7 +45,7 @@ func LockNoWriters(path string) (*Lock, error) {
 // DenyNewWriters keeps every QEMU from opening a layer for writing from now on.
 // One that writes to it already goes on, until it gives that permission up.
 func DenyNewWriters(path string) (*Lock, error) {
-	f, err := os.Open(path)
+	f, err := openImage(path)
 	if err != nil {
 		return nil, err
 	}

@@ -92,15 +92,23 @@ func (o Offline) run(ctx context.Context, args ...string) error {
 	if len(o.Locks) == 0 {
 		return ErrNotLocked
 	}
+	files := make([]*os.File, len(o.Locks))
+	for i, l := range o.Locks {
+		files[i] = l.f
+	}
+	return runWith(ctx, files, o.Progress, args...)
+}
+
+// runWith runs qemu-img with files that it has open from the descriptor 3 on.
+// It is killed when this process dies.
+func runWith(ctx context.Context, files []*os.File, progress func(done, total uint64), args ...string) error {
 	// The kernel kills the child when the thread ends that has started it.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd := imgCommand(ctx, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	for _, l := range o.Locks {
-		cmd.ExtraFiles = append(cmd.ExtraFiles, l.f)
-	}
-	return runCommand(ctx, cmd, o.Progress)
+	cmd.ExtraFiles = files
+	return runCommand(ctx, cmd, progress)
 }
 
 // syncFile makes a file's content durable.

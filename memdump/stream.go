@@ -7,7 +7,6 @@ import (
 	"io"
 	"os"
 	"sync"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -29,8 +28,6 @@ type Stream struct {
 	// File is what QEMU is given as its descriptor to load from: the memory
 	// file positioned at the stream's first byte, or a pipe.
 	File *os.File
-
-	taken atomic.Uint64 // bytes that went into the pipe
 
 	stop context.CancelFunc
 	done chan struct{} // closed when the pipe's writer has ended; nil without a pipe
@@ -75,7 +72,7 @@ func (s *Stream) openPipe(ctx context.Context, file *os.File) error {
 	s.File, s.done = r, make(chan struct{})
 	go func() {
 		defer close(s.done)
-		s.err = fill(ctx, w, file, s.Sum, &s.taken)
+		s.err = fill(ctx, w, file, s.Sum)
 	}()
 	return nil
 }
@@ -90,9 +87,9 @@ func enlarge(pipe *os.File) {
 }
 
 // fill writes the stream into the pipe and closes both.
-func fill(ctx context.Context, pipe, file *os.File, sum Sum, taken *atomic.Uint64) error {
+func fill(ctx context.Context, pipe, file *os.File, sum Sum) error {
 	defer context.AfterFunc(ctx, func() { _ = pipe.Close() })() // a write that waits for QEMU ends
-	end := &tail{w: counting{pipe, taken}}
+	end := &tail{w: pipe}
 	err := newSource(ctx, file, sum, nil).copyTo(end, sum)
 	if err == nil {
 		err = end.flush()
@@ -104,18 +101,6 @@ func fill(ctx context.Context, pipe, file *os.File, sum Sum, taken *atomic.Uint6
 		err = e
 	}
 	return errors.Join(err, file.Close())
-}
-
-// counting counts what was written.
-type counting struct {
-	w io.Writer
-	n *atomic.Uint64
-}
-
-func (c counting) Write(p []byte) (int, error) {
-	n, err := c.w.Write(p)
-	c.n.Add(uint64(n))
-	return n, err
 }
 
 // Release closes this process's copy of File, once QEMU has its own. The

@@ -34,7 +34,7 @@ func looksLikeQEMU(pid int) (binary string, err error) {
 		return "", err
 	}
 	if exe != "" {
-		if !IsQEMUName(path.Base(exe)) {
+		if !isQEMUName(path.Base(exe)) {
 			return "", ErrNotQEMU
 		}
 		return exe, nil
@@ -43,15 +43,15 @@ func looksLikeQEMU(pid int) (binary string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if !IsQEMUName(s.comm) {
+	if !isQEMUName(s.comm) {
 		return "", ErrNotQEMU
 	}
 	return s.comm, nil
 }
 
-// IsQEMUName reports whether a program of this name is a QEMU system emulator.
+// isQEMUName reports whether a program of this name is a QEMU system emulator.
 // Some distributions wrap it: ".qemu-system-x86_64-wrapped".
-func IsQEMUName(name string) bool {
+func isQEMUName(name string) bool {
 	name = strings.TrimPrefix(name, ".")
 	return strings.HasPrefix(name, "qemu-system-") || name == "qemu-kvm" || name == "kvm" ||
 		name == "qemu-kvm-wrapped"

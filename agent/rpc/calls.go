@@ -11,6 +11,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/fault"
 )
 
@@ -79,4 +80,13 @@ func uid(ctx context.Context) (uint32, error) {
 		return 0, errNoPeer
 	}
 	return peer.UID, nil
+}
+
+// caller returns who called, for the agent to judge where they may write.
+func caller(ctx context.Context) (agent.Caller, error) {
+	peer, ok := peerFrom(ctx)
+	if !ok {
+		return agent.Caller{}, errNoPeer
+	}
+	return agent.Caller{UID: peer.UID, GID: peer.GID, Groups: peer.Groups}, nil
 }

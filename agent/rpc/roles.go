@@ -26,7 +26,7 @@ const (
 	NoRole   Role = iota // nothing
 	Viewer               // look at VMs, snapshots and operations
 	Operator             // also take and rename snapshots, freeze, thaw and cancel
-	Admin                // also restore, and remove records and protections
+	Admin                // also restore and export, and remove records and protections
 )
 
 // String returns the role's name in the configuration.
@@ -62,12 +62,10 @@ var needed = map[string]Role{
 	vmsnapv1connect.SnapshotServiceRenameSnapshotProcedure: Operator,
 	vmsnapv1connect.SnapshotServiceVerifySnapshotProcedure: Operator,
 	vmsnapv1connect.SnapshotServicePlanRestoreProcedure:    Operator,
-	vmsnapv1connect.SnapshotServiceGetPreviewProcedure:     Viewer,
 	// A restore takes away what was written since.
 	vmsnapv1connect.SnapshotServiceRestoreSnapshotProcedure: Admin,
-	vmsnapv1connect.SnapshotServicePreviewSnapshotProcedure: Admin,
-	vmsnapv1connect.SnapshotServiceCommitPreviewProcedure:   Admin,
-	vmsnapv1connect.SnapshotServiceUndoPreviewProcedure:     Admin,
+	// An export hands over what the guest has on its disk.
+	vmsnapv1connect.SnapshotServiceExportSnapshotProcedure: Admin,
 
 	vmsnapv1connect.OperationServiceListOperationsProcedure:  Viewer,
 	vmsnapv1connect.OperationServiceGetOperationProcedure:    Viewer,

@@ -147,6 +147,12 @@ func TestOutput(t *testing.T) {
 		"doctor-all-json":       {line: "doctor -o json"},
 		"doctor-all-names":      {line: "doctor -o name"},
 		"help-doctor":           {line: "doctor --help"},
+		"export":                {line: "snapshot export web/before-upgrade /srv/a.qcow2 --disk root", setup: exports},
+		"export-json":           {line: "snapshot export web/before-upgrade /srv/a.raw --format raw -o json", setup: exports},
+		"export-detach":         {line: "snapshot export web/before-upgrade /srv/a.qcow2 --compress --detach", setup: exports},
+		"help-export":           {line: "snapshot export --help"},
+		"usage-export-format":   {line: "snapshot export web/nightly /srv/a --format vmdk"},
+		"usage-export-compress": {line: "snapshot export web/nightly /srv/a --format raw --compress"},
 		"usage-unknown-command": {line: "snapshot creat web"},
 		"usage-unknown-flag":    {line: "snapshot create web --ram"},
 		"usage-no-argument":     {line: "vm show"},
@@ -220,6 +226,24 @@ func creates(b *rpctest.Backend, s agent.SnapshotView, end op.State) func(contex
 			b.PutOperation(record)
 		}()
 		return first, nil
+	}
+}
+
+// exports has exports succeed.
+func exports(b *rpctest.Backend) {
+	b.Script(rpctest.Script{Export: func(_ context.Context, req agent.ExportRequest) (op.Record, error) {
+		if req.Path == "" || req.Format == "" || req.RequestID == "" {
+			return op.Record{}, fmt.Errorf("an export of %+v", req)
+		}
+		return b.PutOperation(done(op.KindExport)), nil
+	}})
+}
+
+// done is an operation on web that has succeeded.
+func done(kind op.Kind) op.Record {
+	return op.Record{
+		ID: "beefbeef", Kind: kind, VMID: "5f0c1a2b", VMName: "web", State: op.Succeeded,
+		Created: rpctest.Now, Started: rpctest.Now, Ended: rpctest.Now.Add(time.Second),
 	}
 }
 

@@ -31,7 +31,6 @@ import (
 // TestQEMUOneDaemonForAllItsClients has each kind of client meet a daemon with a
 // guest whose agent answers.
 func TestQEMUOneDaemonForAllItsClients(t *testing.T) {
-	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q, Disks: testvm.TwoDisks()})
 		h := prepareHost(t, "--log-format", "json", "--socket-group", "nogroup", "--viewers", "nogroup")
@@ -259,8 +258,8 @@ func (h *host) windows(n int) {
 	})
 }
 
-// strangerIsAViewer runs vmsnap as a user whose group may look and no more.
-func (h *host) strangerIsAViewer(vm string) {
+// strangers lets other users run vmsnap, and returns how.
+func (h *host) strangers() (as func(uid, gid uint32, args ...string) result) {
 	h.t.Helper()
 	program := filepath.Join(filepath.Dir(h.socket), "vmsnap")
 	binary, err := os.ReadFile(filepath.Join(binaries, "vmsnap"))
@@ -270,7 +269,7 @@ func (h *host) strangerIsAViewer(vm string) {
 	if err := errors.Join(os.WriteFile(program, binary, 0o755), os.Chmod(program, 0o755), os.Chmod(filepath.Dir(h.socket), 0o755)); err != nil {
 		h.t.Fatal(err)
 	}
-	as := func(uid, gid uint32, args ...string) result {
+	return func(uid, gid uint32, args ...string) result {
 		cmd := exec.CommandContext(h.ctx(), program, args...)
 		cmd.Env, cmd.Dir = []string{"VMSNAP_SOCKET=" + h.socket}, "/"
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: gid}}
@@ -281,6 +280,12 @@ func (h *host) strangerIsAViewer(vm string) {
 		}
 		return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
 	}
+}
+
+// strangerIsAViewer runs vmsnap as a user whose group may look and no more.
+func (h *host) strangerIsAViewer(vm string) {
+	h.t.Helper()
+	as := h.strangers()
 	const viewer, nobody = 65531, 65532
 	if r := as(viewer, 65534, "vm", "list"); r.code != 0 || !strings.Contains(r.stdout, vm) {
 		h.t.Errorf("a viewer lists: %+v", r)
@@ -408,7 +413,6 @@ func (h *host) logIsJSON(g *testvm.Guest) {
 
 // TestQEMUHungVMDelaysNobody stops a QEMU for good while a snapshot asks it.
 func TestQEMUHungVMDelaysNobody(t *testing.T) {
-	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		hung := newStill(t, q, "hung-"+q.Name, "root.qcow2")
 		other := newStill(t, q, "other-"+q.Name, "root.qcow2")

@@ -81,6 +81,7 @@ type host struct {
 	socket  string
 	metrics string
 	flags   []string // of the daemon, beside those that start gives it
+	env     []string // of the daemon, beside the test's own
 	daemon  *exec.Cmd
 	log     logFile
 	exited  chan struct{}
@@ -166,7 +167,7 @@ func (h *host) start() {
 	defer func() { _ = log.Close() }()
 	h.daemon = exec.Command(filepath.Join(binaries, "vmsnapd"), h.arguments()...)
 	// The race detector would make every process end a second late.
-	h.daemon.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0 halt_on_error=1")
+	h.daemon.Env = append(append(os.Environ(), "GORACE=atexit_sleep_ms=0 halt_on_error=1"), h.env...)
 	h.daemon.Stderr = log // a file: a pipe would keep Wait back
 	h.daemon.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := h.daemon.Start(); err != nil {

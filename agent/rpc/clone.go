@@ -1,0 +1,61 @@
+package rpc
+
+import (
+	"context"
+
+	"connectrpc.com/connect"
+
+	"github.com/vmsnap/vmsnap/agent"
+	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
+)
+
+// maxPath is the kernel's limit of a path.
+const maxPath = 4095
+
+var imageFormats = map[vmsnapv1.ImageFormat]string{
+	vmsnapv1.ImageFormat_IMAGE_FORMAT_UNSPECIFIED: "qcow2",
+	vmsnapv1.ImageFormat_IMAGE_FORMAT_QCOW2:       "qcow2",
+	vmsnapv1.ImageFormat_IMAGE_FORMAT_RAW:         "raw",
+}
+
+func (s snapshotService) ExportSnapshot(ctx context.Context, req *connect.Request[vmsnapv1.ExportSnapshotRequest]) (*connect.Response[vmsnapv1.ExportSnapshotResponse], error) {
+	msg := req.Msg
+	if err := checkExport(msg); err != nil {
+		return nil, err
+	}
+	who, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	record, err := s.backend.ExportSnapshot(ctx, agent.ExportRequest{
+		Snapshot: msg.GetSnapshot(), Disk: msg.GetDisk(), Format: imageFormats[msg.GetFormat()], Compress: msg.GetCompress(),
+		Path: msg.GetPath(), Caller: who, RequestID: msg.GetRequestId(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.ExportSnapshotResponse{Operation: operationProto(record)}), nil
+}
+
+func checkExport(msg *vmsnapv1.ExportSnapshotRequest) error {
+	if _, known := imageFormats[msg.GetFormat()]; !known {
+		return usage("format has the unknown value %d", msg.GetFormat())
+	}
+	if msg.GetCompress() && imageFormats[msg.GetFormat()] != "qcow2" {
+		return usage("compress is given for a raw image, which cannot be compressed")
+	}
+	return first(
+		checkRef("snapshot", msg.GetSnapshot()),
+		checkLength("disk", msg.GetDisk(), maxRef),
+		checkPath("path", msg.GetPath()),
+		checkLength("request_id", msg.GetRequestId(), maxRequestID),
+	)
+}
+
+// checkPath checks a field that must be a path.
+func checkPath(field, value string) error {
+	if value == "" {
+		return usage("%s is not given", field)
+	}
+	return checkLength(field, value, maxPath)
+}

@@ -3,11 +3,10 @@ package agent
 import (
 	"context"
 	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 
-	"github.com/vmsnap/vmsnap/agent/discover"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	"github.com/vmsnap/vmsnap/monitor"
 )
 
@@ -27,6 +26,27 @@ type configuration struct {
 	CPUType     string   `json:"cpu_type,omitempty"`     // qemu64-x86_64-cpu
 	CPUs        int      `json:"cpus,omitempty"`
 	Devices     []string `json:"devices,omitempty"` // ids of all devices that have one
+	// How QEMU was started, beside its command line.
+	Binary    string `json:"binary,omitempty"`
+	Directory string `json:"directory,omitempty"` // that relative paths start from
+	UID       *int   `json:"uid,omitempty"`
+	GID       int    `json:"gid,omitempty"`
+	Groups    []int  `json:"groups,omitempty"` // supplementary
+	Slice     string `json:"slice,omitempty"`
+	Foreign   bool   `json:"foreign,omitempty"` // in a file system tree of its own, such as a container's
+	Paused    bool   `json:"paused,omitempty"`  // the guest did not run
+}
+
+// machine is what the VM can be started again by.
+func (c configuration) machine() launch.Machine {
+	m := launch.Machine{
+		Command: c.Command, Binary: c.Binary, Type: c.MachineType, Directory: c.Directory, GID: c.GID, Groups: c.Groups,
+		Unit: c.Unit, Slice: c.Slice, Foreign: c.Foreign,
+	}
+	if c.UID != nil {
+		m.UID = *c.UID
+	}
+	return m
 }
 
 // configuration asks QEMU for what the launch command leaves open.
@@ -35,8 +55,15 @@ func (r *run) configuration(ctx context.Context, s *monitor.Session) (configurat
 	c := configuration{
 		Command: r.proc.Args, QEMUVersion: r.version, Machine: r.proc.Machine, CPU: r.proc.CPU,
 		MemoryBytes: r.proc.MemoryBytes, Unit: r.proc.Cgroup.Unit, UUID: r.proc.UUID,
+		Binary: r.proc.Binary, Directory: r.proc.Cwd, UID: &r.proc.UID, GID: r.proc.GID, Groups: r.proc.Groups,
+		Slice: r.proc.Cgroup.Slice, Foreign: r.proc.Root != "",
 	}
 	r.mu.Unlock()
+	st, err := s.QueryStatus(ctx)
+	if err != nil {
+		return c, err
+	}
+	c.Paused = st.Status == monitor.RunStatePaused || st.Status == monitor.RunStatePrelaunch
 	machine, err := qomType(ctx, s, "/machine")
 	if err != nil {
 		return c, err
@@ -74,28 +101,26 @@ func qomType(ctx context.Context, s *monitor.Session, path string) (string, erro
 	return name, err
 }
 
-// inherited matches the parts of options that name an open file of the process
-// that started QEMU: tap,fd=24 or vhostfds=30:31 or /dev/fdset/2.
-var inherited = regexp.MustCompile(`(^|,)((vhost)?fds?|sockfd)=[0-9]|/dev/fd(set)?/[0-9]`)
-
-// unrestorable says why a process with this configuration could not be started
-// again to load its memory, or returns nothing.
-func (c configuration) unrestorable(p discover.Process) []string {
-	var why []string
-	for _, arg := range c.Command {
-		if inherited.MatchString(arg) {
-			why = append(why, fmt.Sprintf("%q uses a file that whoever started QEMU had open", arg))
-		}
-	}
+// plugged are the devices that are not in the launch command: a process that is
+// started by it lacks them.
+func (c configuration) plugged() []string {
+	var ids []string
 	for _, id := range c.Devices {
 		if !slices.ContainsFunc(c.Command, func(arg string) bool {
 			return slices.Contains(strings.Split(arg, ","), "id="+id) || strings.Contains(arg, `"`+id+`"`)
 		}) {
-			why = append(why, fmt.Sprintf("device %s was plugged in after the start and is not in the launch command", id))
+			ids = append(ids, id)
 		}
 	}
-	if p.Incoming != "" {
-		why = append(why, "the launch command waits for an incoming migration itself")
+	return ids
+}
+
+// unrestorable says why a process with this configuration could not be started
+// again to load its memory, or returns nothing.
+func (c configuration) unrestorable() []string {
+	var why []string
+	for _, id := range c.plugged() {
+		why = append(why, fmt.Sprintf("device %s was plugged in after the start and is not in the launch command", id))
 	}
 	return why
 }

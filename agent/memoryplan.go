@@ -36,8 +36,11 @@ func (a *Agent) preflightMemory(ctx context.Context, v *vm, s *monitor.Session, 
 	if err != nil {
 		return fault.New(fault.Unresponsive, "VM %s: %w", v.name(), err)
 	}
-	if why := c.unrestorable(p.run.proc); len(why) > 0 {
+	if why := c.unrestorable(); len(why) > 0 {
 		p.warn(warnNotRestorable, "", "the memory could not be loaded again: %s", strings.Join(why, "; "))
+	}
+	if why := c.machine().Unstartable(); len(why) > 0 {
+		p.warn(warnNeedsLauncher, "", "only the VM's own launcher can start a QEMU that loads the memory again (--launcher external): %s", strings.Join(why, "; "))
 	}
 	for _, d := range p.excluded {
 		p.warn(warnNotRestorable, d.Device, "the memory goes with all disks, and disk %s is not in the snapshot", d.Device)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/blockdev"
@@ -36,6 +37,7 @@ const (
 	warnAdopted            = "adopted"
 	warnRecoveryWaits      = "recovery-waits"
 	warnNotRestorable      = "memory-not-restorable"
+	warnNeedsLauncher      = "needs-external-launcher"
 	warnPauseExceeded      = "pause-exceeded"
 	warnLayersKept         = "layers-kept"
 	warnEnded              = "vm-ended"
@@ -412,11 +414,21 @@ func (p *preflight) drop(v *vm, d catalog.SnapshotDisk, partial bool, e *fault.E
 	p.refuse(e.WithHint("--exclude %s leaves it out, --allow-partial leaves out whatever fails; vmsnap vm show %s tells more", d.Device, v.name()))
 }
 
-// firmware warns of state that belongs to the VM and that is in no disk.
+// firmware warns of state that belongs to the VM and that is in no disk. With the
+// memory it is saved and loaded: QEMU migrates what flash and TPM hold.
 func (p *preflight) firmware(r *run) {
 	for _, d := range r.proc.Drives {
 		if d.Interface == "pflash" && !d.ReadOnly {
-			p.warn(warnFirmware, "", "firmware variables in %s are not part of the snapshot", filepath.Base(d.File))
+			p.warn(warnFirmware, "", "firmware variables in %s are not part of the disks; only memory brings them back", filepath.Base(d.File))
+		}
+	}
+	options, err := discover.SplitCommandLine(r.proc.Args)
+	if err != nil {
+		return // it runs, and has shown all the same what it is
+	}
+	for _, o := range options {
+		if o.Name == "tpmdev" && strings.HasPrefix(o.Arg, "emulator,") {
+			p.warn(warnFirmware, "", "the state of the TPM (-tpmdev %s) is not part of the disks; only memory brings it back", o.Arg)
 		}
 	}
 }

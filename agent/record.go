@@ -14,6 +14,9 @@ import (
 
 // begin starts an operation and reports its end to the metrics.
 func (a *Agent) begin(ctx context.Context, spec op.Spec, recipe op.Recipe) (op.Record, error) {
+	if err := a.notPreviewed(ctx, spec); err != nil {
+		return op.Record{}, err
+	}
 	v := a.byID(spec.VMID)
 	if v != nil && spec.Storage == nil {
 		spec.Storage = v.storage()

@@ -154,7 +154,9 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return nil
 	}
 	switch rec.Kind {
-	case op.KindRestore:
+	case op.KindPreviewCommit:
+		return a.recoverPreviewCommit(ctx, o, v)
+	case op.KindRestore, op.KindPreview, op.KindPreviewUndo:
 		return a.recoverRestore(ctx, o, v, rec, entries)
 	case op.KindExport:
 		return a.recoverExport(ctx, o, entries)

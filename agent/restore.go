@@ -22,28 +22,28 @@ func (a *Agent) RestoreSnapshot(ctx context.Context, req RestoreRequest) (op.Rec
 		return op.Record{}, err
 	}
 	spec := op.Spec{Kind: op.KindRestore, VMID: v.id, VMName: v.name(), Request: req, RequestID: req.RequestID, UID: req.UID}
-	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
-		v.changing.Lock()
-		o.Cleanup(func() {
-			v.changing.Unlock()
-			a.lookAgain(context.WithoutCancel(ctx), v)
-		})
-		return a.restore(ctx, o, v, s, req)
+	return a.changes(ctx, spec, v, func(ctx context.Context, o *op.Op) error {
+		r := &restore{cut: &cut{Agent: a, o: o, vm: v}}
+		r.Description, r.NoSafety = fmt.Sprintf("the state before %s was restored", s.Name), req.NoSafety
+		r.keepsAs("before-" + generatedName(time.Now(), o.ID()))
+		return r.to(ctx, s, req, nil)
 	})
 }
 
-// restore is the recipe. It runs alone on its VM.
+// to is the recipe. It runs alone on its VM. further, when not nil, adds to the
+// plan.
 //
 // A restore is a cut whose overlays lie on the restore points instead of on the
 // layers that are covered: those are kept, as they are, for the safety snapshot.
-func (a *Agent) restore(ctx context.Context, o *op.Op, v *vm, s catalog.Snapshot, req RestoreRequest) error {
-	r := &restore{cut: &cut{Agent: a, o: o, vm: v}}
-	r.Description, r.NoSafety = fmt.Sprintf("the state before %s was restored", s.Name), req.NoSafety
-	r.keepsAs("before-" + generatedName(time.Now(), o.ID()))
+func (r *restore) to(ctx context.Context, s catalog.Snapshot, req RestoreRequest, further func(*restorePlan)) error {
+	o := r.o
 	var p *restorePlan
 	err := o.Step(ctx, "preflight", func(ctx context.Context) (err error) {
-		if p, err = a.planRestore(ctx, v, s, req, true); err != nil {
+		if p, err = r.planRestore(ctx, r.vm, s, req, true); err != nil {
 			return err
+		}
+		if further != nil {
+			further(p)
 		}
 		for _, w := range p.plan.Warnings {
 			r.warn(w.Code, w.Disk, w.Message)
@@ -57,7 +57,7 @@ func (a *Agent) restore(ctx context.Context, o *op.Op, v *vm, s catalog.Snapshot
 		return err
 	}
 	r.run, r.disks, r.Resume, r.LiftReset = p.run, p.disks, p.resume, p.rebooks
-	hooks, err := a.restoreHooks(ctx, o, v, s, req)
+	hooks, err := r.restoreHooks(ctx, o, r.vm, s, req)
 	if err != nil {
 		return err
 	}
@@ -77,15 +77,19 @@ type restore struct {
 	*cut
 	restoreState
 	adopted bool                  // the VM was started in the restored state before the reset
+	kept    []string              // ids of disks that an undo leaves with one more layer
+	nets    []string              // the VM's network devices
 	resets  *monitor.Subscription // to RESET, when a reset must end QEMU afterwards
 }
 
 // restoreState is what the journal keeps of a restore beside its cut.
 type restoreState struct {
-	Description string // of the safety snapshot
-	Resume      bool   // the guest is to run when all is done
-	LiftReset   bool   // QEMU was started so that a reset ends it
-	NoSafety    bool   // the layers that were active are not kept
+	Description string        // of the safety snapshot
+	Resume      bool          // the guest is to run when all is done
+	LiftReset   bool          // QEMU was started so that a reset ends it
+	NoSafety    bool          // the layers that were active are not kept
+	Preview     *previewState `json:",omitempty"` // it is a trial
+	Undo        *undoState    `json:",omitempty"` // it ends a trial
 }
 
 // restoreEntry is what the journal keeps of a restore.
@@ -144,6 +148,9 @@ func (r *restore) steps(subset bool) int {
 	if r.LiftReset {
 		n++
 	}
+	if r.Undo != nil {
+		n++ // merge
+	}
 	return n
 }
 
@@ -199,6 +206,11 @@ func (r *restore) overlays(ctx context.Context) (err error) {
 	}
 	if r.config, err = json.Marshal(r.captured); err != nil {
 		return err
+	}
+	if r.Preview != nil || r.Undo != nil {
+		if r.nets, err = r.session.NetDevices(ctx); err != nil {
+			return err
+		}
 	}
 	if err := r.announceOverlays(ctx); err != nil {
 		return err
@@ -336,6 +348,11 @@ func (r *restore) tryReset(ctx context.Context) error {
 	if err := s.ResetAndWait(ctx); err != nil {
 		return err
 	}
+	if r.Preview != nil && r.Preview.Isolated || r.Undo != nil && r.Undo.Isolated {
+		if err := setLinks(ctx, s, r.nets, r.Undo != nil); err != nil {
+			return err
+		}
+	}
 	if !r.Resume {
 		return nil
 	}
@@ -381,6 +398,11 @@ func (r *restore) finish(ctx context.Context) error {
 			return err
 		}
 	}
+	if r.Undo != nil {
+		if err := r.o.Step(ctx, "merge", r.untilDone(r.fold)); err != nil {
+			return err
+		}
+	}
 	return r.o.Step(ctx, "commit", r.untilDone(r.commit))
 }
 
@@ -409,7 +431,12 @@ func (r *restore) settle(ctx context.Context) error {
 // commit enters the layers into the catalog, with the safety snapshot, or
 // without the layers that nothing needs any more.
 func (r *restore) commit(ctx context.Context) error {
-	if !r.NoSafety {
+	switch {
+	case r.Preview != nil:
+		return r.recordPreview(ctx)
+	case r.Undo != nil:
+		return r.recordUndo(ctx)
+	case !r.NoSafety:
 		return r.cut.commit(ctx)
 	}
 	layers, disks, err := r.entries(ctx, &catalog.Snapshot{})

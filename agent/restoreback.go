@@ -355,7 +355,10 @@ func (a *Agent) recoverRestore(ctx context.Context, o *op.Op, v *vm, rec op.Reco
 		return err
 	}
 	if done, err := r.recorded(ctx); err != nil || done {
-		return errors.Join(err, r.removeActive())
+		if err == nil && r.NoSafety {
+			err = r.removeActive()
+		}
+		return err
 	}
 	if !reset {
 		if err := r.o.Step(ctx, "take back", r.untilTakenBack); err != nil || r.adopted {
@@ -393,7 +396,14 @@ func (r *restore) load(entries []op.Entry) (last restoreEntry, reset bool, err e
 // recorded reports whether a restore without a safety snapshot has been entered
 // into the catalog.
 func (r *restore) recorded(ctx context.Context) (bool, error) {
-	if !r.NoSafety {
+	switch {
+	case r.Undo != nil:
+		_, open, err := r.catalog.Preview(ctx, r.vm.id)
+		return !open, err
+	case r.Preview != nil:
+		p, _, err := r.catalog.Preview(ctx, r.vm.id)
+		return p.Operation == r.o.ID(), err
+	case !r.NoSafety:
 		return false, nil
 	}
 	disks, err := r.catalog.Disks(ctx, r.vm.id)

@@ -165,6 +165,7 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 		r.setProblem(&Problem{"monitor-unresponsive", err.Error(), "check whether QEMU is stopped or hung"})
 		return false
 	}
+	a.isolateAgain(ctx, v, s)
 	r.mu.Lock()
 	r.session, r.socket, r.problem = s, socket, nil
 	r.mu.Unlock()

@@ -31,6 +31,14 @@ const (
 	// cancelWithin bounds the end of a cancelled save: QEMU finishes the write
 	// that it is in.
 	cancelWithin = time.Minute
+	// loadStalls is how long a load may take nothing from its file: the disk that
+	// it is read from may be slow, or QEMU may wait for memory of the host.
+	loadStalls = time.Minute
+	// loadWithin bounds the answer of a QEMU that loads a plain file, which it
+	// gives when it has loaded all; loadStalls ends the wait much earlier.
+	loadWithin = 24 * time.Hour
+	// quitWithin bounds the reply to quit, which QEMU gives before it ends.
+	quitWithin = 5 * time.Second
 	// measureWithin bounds the measuring of the dirty rate, which takes as long
 	// as it was asked to, and less than a second more.
 	measureWithin = 5 * time.Second
@@ -46,6 +54,8 @@ const (
 // and nothing else.
 const (
 	progressEvery = 250 * time.Millisecond
+	// loadPoll lies between two looks at a load, whose end comes as an event.
+	loadPoll = 50 * time.Millisecond
 	// pausePoll follows pausePollSpins looks without a rest: usually all is
 	// seen by then, and each look takes QEMU's main loop from other work.
 	pausePollSpins = 50

@@ -26,6 +26,11 @@
 // compares a file with its checksums, [Compress] makes it smaller after the
 // save, and [OpenStream] opens either form for a QEMU that loads it.
 //
+// # Loading
+//
+// [Load] has a QEMU that was started with -incoming defer -S load a memory file,
+// and follows it to the end. A load that fails is the end of that QEMU.
+//
 // # What may go wrong
 //
 // Before QEMU 8.1 a background save that ends early freezes the guest for good

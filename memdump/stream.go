@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,6 +29,8 @@ type Stream struct {
 	// File is what QEMU is given as its descriptor to load from: the memory
 	// file positioned at the stream's first byte, or a pipe.
 	File *os.File
+
+	taken atomic.Uint64 // bytes that went into the pipe
 
 	stop context.CancelFunc
 	done chan struct{} // closed when the pipe's writer has ended; nil without a pipe
@@ -72,7 +75,7 @@ func (s *Stream) openPipe(ctx context.Context, file *os.File) error {
 	s.File, s.done = r, make(chan struct{})
 	go func() {
 		defer close(s.done)
-		s.err = fill(ctx, w, file, s.Sum)
+		s.err = fill(ctx, w, file, s.Sum, &s.taken)
 	}()
 	return nil
 }
@@ -87,9 +90,9 @@ func enlarge(pipe *os.File) {
 }
 
 // fill writes the stream into the pipe and closes both.
-func fill(ctx context.Context, pipe, file *os.File, sum Sum) error {
+func fill(ctx context.Context, pipe, file *os.File, sum Sum, taken *atomic.Uint64) error {
 	defer context.AfterFunc(ctx, func() { _ = pipe.Close() })() // a write that waits for QEMU ends
-	end := &tail{w: pipe}
+	end := &tail{w: counting{pipe, taken}}
 	err := newSource(ctx, file, sum, nil).copyTo(end, sum)
 	if err == nil {
 		err = end.flush()
@@ -101,6 +104,18 @@ func fill(ctx context.Context, pipe, file *os.File, sum Sum) error {
 		err = e
 	}
 	return errors.Join(err, file.Close())
+}
+
+// counting counts what was written.
+type counting struct {
+	w io.Writer
+	n *atomic.Uint64
+}
+
+func (c counting) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n.Add(uint64(n))
+	return n, err
 }
 
 // Release closes this process's copy of File, once QEMU has its own. The

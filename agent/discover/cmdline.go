@@ -35,6 +35,7 @@ var flagOptions = map[string]bool{
 type option struct {
 	name, arg string
 	settings  settings // of the groups that are looked at, -set applied
+	at, n     int      // which arguments it is made of
 }
 
 // commandLine collects what the options say before the whole is put together:
@@ -78,6 +79,31 @@ func ParseCommandLine(args []string) (Process, error) {
 	return c.p, nil
 }
 
+// Option is one option of a command line as it was given.
+type Option struct {
+	Name string // without its dashes; "hda" for an argument that is no option
+	Arg  string // "" when it takes none
+	At   int    // args[At:At+Len] are its arguments
+	Len  int
+}
+
+// SplitCommandLine tells the options of a command line apart, args[0] included,
+// as QEMU does. The errors are those of ParseCommandLine.
+func SplitCommandLine(args []string) ([]Option, error) {
+	if len(args) == 0 {
+		return nil, ErrNoArguments
+	}
+	options, err := splitOptions(args[1:])
+	if err != nil {
+		return nil, err
+	}
+	out := make([]Option, len(options))
+	for i, o := range options {
+		out[i] = Option{Name: o.name, Arg: o.arg, At: o.at, Len: o.n}
+	}
+	return out, nil
+}
+
 // maxOptions bounds a command line in options; a VM with a thousand disks has
 // some five thousand. It bounds the time spent on one that means harm.
 const maxOptions = 1 << 14
@@ -92,15 +118,15 @@ func splitOptions(args []string) ([]option, error) {
 		}
 		arg := args[i]
 		if !strings.HasPrefix(arg, "-") || arg == "-" {
-			out = append(out, option{name: "hda", arg: arg})
+			out = append(out, option{name: "hda", arg: arg, at: i + 1, n: 1})
 			continue
 		}
-		o := option{name: strings.TrimPrefix(arg[1:], "-")}
+		o := option{name: strings.TrimPrefix(arg[1:], "-"), at: i + 1, n: 1}
 		if !flagOptions[o.name] {
 			if i++; i >= len(args) {
 				return nil, fmt.Errorf("%s: argument missing", arg)
 			}
-			o.arg = args[i]
+			o.arg, o.n = args[i], 2
 		}
 		if implied, ok := impliedKeys[o.name]; ok {
 			s, err := parseSettings(o.arg, implied)

@@ -61,9 +61,11 @@ func (p *Process) readSurroundings() error {
 	if p.Started, err = startedAt(p.StartTime); err != nil {
 		return err
 	}
-	if p.UID, err = effectiveUID(p.PID); err != nil {
+	who, err := readCredentials(p.PID)
+	if err != nil {
 		return err
 	}
+	p.UID, p.GID, p.Groups = who.uid, who.gid, who.groups
 	if p.Cgroup, err = readCgroup(p.PID); err != nil {
 		if err = p.noteUnlessGone("control group", err); err != nil {
 			return err

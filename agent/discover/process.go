@@ -22,6 +22,8 @@ type Process struct {
 	Binary    string    // the executable's path, in the process's mount namespace
 	Args      []string
 	UID       int    // effective
+	GID       int    // effective
+	Groups    []int  // supplementary
 	Cwd       string // what relative paths of the command line start from; "" when unknown
 
 	Name string // -name guest=; "" when not given

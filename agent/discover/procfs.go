@@ -99,22 +99,51 @@ func readArguments(pid int) ([]string, error) {
 	return strings.Split(strings.TrimSuffix(string(data), "\x00"), "\x00"), nil
 }
 
-// effectiveUID returns the user that a process runs as: the owner of its
-// directory, which is root's instead for a process that is not dumpable, so
-// the status is read.
-func effectiveUID(pid int) (int, error) {
+// credentials are who a process runs as.
+type credentials struct {
+	uid, gid int   // effective
+	groups   []int // supplementary
+}
+
+// readCredentials reads who a process runs as. The owner of its directory is
+// root instead for a process that is not dumpable, so the status is read.
+func readCredentials(pid int) (credentials, error) {
 	data, err := os.ReadFile(procPath(pid, "status"))
 	if err != nil {
-		return 0, gone(pid, err)
+		return credentials{}, gone(pid, err)
 	}
-	for line := range strings.Lines(string(data)) {
-		if ids, ok := strings.CutPrefix(line, "Uid:"); ok {
-			if fields := strings.Fields(ids); len(fields) >= 2 {
-				return strconv.Atoi(fields[1])
+	return parseCredentials(pid, string(data))
+}
+
+func parseCredentials(pid int, status string) (c credentials, err error) {
+	found := 0
+	for line := range strings.Lines(status) {
+		key, rest, _ := strings.Cut(line, ":")
+		fields := strings.Fields(rest)
+		switch {
+		case key == "Uid" && len(fields) >= 2:
+			c.uid, err = strconv.Atoi(fields[1])
+			found++
+		case key == "Gid" && len(fields) >= 2:
+			c.gid, err = strconv.Atoi(fields[1])
+			found++
+		case key == "Groups":
+			for _, f := range fields {
+				var g int
+				if g, err = strconv.Atoi(f); err != nil {
+					break
+				}
+				c.groups = append(c.groups, g)
 			}
 		}
+		if err != nil {
+			return credentials{}, fmt.Errorf("process %d: status: %w", pid, err)
+		}
 	}
-	return 0, fmt.Errorf("process %d: status names no user", pid)
+	if found < 2 {
+		return credentials{}, fmt.Errorf("process %d: status names no user", pid)
+	}
+	return c, nil
 }
 
 // startedAt turns a start time, in ticks of 10 ms on every architecture that Go

@@ -109,7 +109,7 @@ func TestIsQEMUName(t *testing.T) {
 		"qemu-ga": false, "kvm-nx-lpage-re": false, "": false, "virtqemud": false,
 	}
 	for name, want := range tests {
-		if got := isQEMUName(name); got != want {
+		if got := IsQEMUName(name); got != want {
 			t.Errorf("%q: %v, want %v", name, got, want)
 		}
 	}

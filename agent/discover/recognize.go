@@ -34,7 +34,7 @@ func looksLikeQEMU(pid int) (binary string, err error) {
 		return "", err
 	}
 	if exe != "" {
-		if !isQEMUName(path.Base(exe)) {
+		if !IsQEMUName(path.Base(exe)) {
 			return "", ErrNotQEMU
 		}
 		return exe, nil
@@ -43,15 +43,15 @@ func looksLikeQEMU(pid int) (binary string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if !isQEMUName(s.comm) {
+	if !IsQEMUName(s.comm) {
 		return "", ErrNotQEMU
 	}
 	return s.comm, nil
 }
 
-// isQEMUName reports whether a program of this name is a QEMU system emulator.
+// IsQEMUName reports whether a program of this name is a QEMU system emulator.
 // Some distributions wrap it: ".qemu-system-x86_64-wrapped".
-func isQEMUName(name string) bool {
+func IsQEMUName(name string) bool {
 	name = strings.TrimPrefix(name, ".")
 	return strings.HasPrefix(name, "qemu-system-") || name == "qemu-kvm" || name == "kvm" ||
 		name == "qemu-kvm-wrapped"

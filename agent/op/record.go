@@ -13,13 +13,16 @@ type Kind string
 
 // The kinds of operation.
 const (
-	KindSnapshot Kind = "snapshot" // cut a snapshot
-	KindFreeze   Kind = "freeze"   // hold a guest frozen until it is thawed or its lease ends
-	KindVerify   Kind = "verify"   // compare a snapshot's files with what was recorded
-	KindRestore  Kind = "restore"  // go back to what snapshots hold
-	KindRepair   Kind = "repair"   // put right what the doctor has found
-	KindExport   Kind = "export"   // make a standalone image of a snapshot's disk
-	KindSettle   Kind = "settle"   // point launch paths at the active layers of a stopped VM
+	KindSnapshot      Kind = "snapshot"       // cut a snapshot
+	KindFreeze        Kind = "freeze"         // hold a guest frozen until it is thawed or its lease ends
+	KindVerify        Kind = "verify"         // compare a snapshot's files with what was recorded
+	KindRestore       Kind = "restore"        // go back to what snapshots hold
+	KindPreview       Kind = "preview"        // run a VM on a trial state
+	KindPreviewCommit Kind = "preview-commit" // keep it
+	KindPreviewUndo   Kind = "preview-undo"   // go back
+	KindRepair        Kind = "repair"         // put right what the doctor has found
+	KindExport        Kind = "export"         // make a standalone image of a snapshot's disk
+	KindSettle        Kind = "settle"         // point launch paths at the active layers of a stopped VM
 )
 
 // State is where an operation is in its life.

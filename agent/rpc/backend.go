@@ -27,6 +27,10 @@ type Backend interface {
 	VerifySnapshot(ctx context.Context, ref string, uid uint32) (op.Record, error)
 	PlanRestore(ctx context.Context, req agent.RestoreRequest) (agent.RestorePlan, error)
 	RestoreSnapshot(ctx context.Context, req agent.RestoreRequest) (op.Record, error)
+	PreviewSnapshot(ctx context.Context, req agent.PreviewRequest) (op.Record, error)
+	Preview(ctx context.Context, vm string) (agent.PreviewView, error)
+	CommitPreview(ctx context.Context, vm string, uid uint32) (op.Record, error)
+	UndoPreview(ctx context.Context, vm string, uid uint32) (op.Record, error)
 	ExportSnapshot(ctx context.Context, req agent.ExportRequest) (op.Record, error)
 
 	Operations(ctx context.Context, filter agent.OperationFilter) ([]op.Record, error)

@@ -62,8 +62,12 @@ var needed = map[string]Role{
 	vmsnapv1connect.SnapshotServiceRenameSnapshotProcedure: Operator,
 	vmsnapv1connect.SnapshotServiceVerifySnapshotProcedure: Operator,
 	vmsnapv1connect.SnapshotServicePlanRestoreProcedure:    Operator,
+	vmsnapv1connect.SnapshotServiceGetPreviewProcedure:     Viewer,
 	// A restore takes away what was written since.
 	vmsnapv1connect.SnapshotServiceRestoreSnapshotProcedure: Admin,
+	vmsnapv1connect.SnapshotServicePreviewSnapshotProcedure: Admin,
+	vmsnapv1connect.SnapshotServiceCommitPreviewProcedure:   Admin,
+	vmsnapv1connect.SnapshotServiceUndoPreviewProcedure:     Admin,
 	// An export hands over what the guest has on its disk.
 	vmsnapv1connect.SnapshotServiceExportSnapshotProcedure: Admin,
 

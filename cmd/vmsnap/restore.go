@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto/rand"
-	"strings"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -67,13 +66,11 @@ func (r *restoration) complete(cmd *cobra.Command, snapshot string) error {
 		return usage(cmd, "--dry-run and --detach exclude each other")
 	}
 	r.req.Snapshot = snapshot
-	for _, d := range r.disks {
-		device, name, named := strings.Cut(d, "=")
-		if device == "" || named && name == "" {
-			return usage(cmd, "--disk %q is neither a disk nor disk=NAME", d)
-		}
-		r.req.Disks = append(r.req.Disks, &vmsnapv1.DiskChoice{Device: device, Snapshot: name})
+	choices, err := diskChoices(cmd, r.disks)
+	if err != nil {
+		return err
 	}
+	r.req.Disks = choices
 	if r.req.RequestId == "" {
 		r.req.RequestId = rand.Text()
 	}

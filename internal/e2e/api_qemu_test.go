@@ -31,6 +31,7 @@ import (
 // TestQEMUOneDaemonForAllItsClients has each kind of client meet a daemon with a
 // guest whose agent answers.
 func TestQEMUOneDaemonForAllItsClients(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q, Disks: testvm.TwoDisks()})
 		h := prepareHost(t, "--log-format", "json", "--socket-group", "nogroup", "--viewers", "nogroup")
@@ -413,6 +414,7 @@ func (h *host) logIsJSON(g *testvm.Guest) {
 
 // TestQEMUHungVMDelaysNobody stops a QEMU for good while a snapshot asks it.
 func TestQEMUHungVMDelaysNobody(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		hung := newStill(t, q, "hung-"+q.Name, "root.qcow2")
 		other := newStill(t, q, "other-"+q.Name, "root.qcow2")

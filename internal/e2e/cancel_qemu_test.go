@@ -60,6 +60,7 @@ func (h *host) stopAt(r *relay, m moment, vm string, args ...string) (c *creatio
 }
 
 func TestQEMUCancelAtEveryStep(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		vms, relays, h := relayed(t, q, "cancel-"+q.Name)
 		for i, m := range moments {

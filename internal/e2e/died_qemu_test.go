@@ -25,6 +25,7 @@ func (b *bench) restart() {
 
 // TestQEMUTheVMDiesAtEveryStep kills QEMU at each moment of a snapshot.
 func TestQEMUTheVMDiesAtEveryStep(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		b := newBench(t, q, "dies")
 		for i, m := range moments {
@@ -66,6 +67,7 @@ func (b *bench) diesRound(m moment, round int) {
 // TestQEMUTheAnswerIsLost loses QEMU's answer to the transaction: with QEMU
 // having executed it or not, at once or after it was stopped, and for good.
 func TestQEMUTheAnswerIsLost(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		for name, c := range map[string]struct {
 			how           passage
@@ -135,6 +137,7 @@ func (s *still) signal(sig syscall.Signal) {
 // TestQEMUTheDaemonStopsAtEveryStep stops the daemon as an administrator does,
 // at each moment of a snapshot.
 func TestQEMUTheDaemonStopsAtEveryStep(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		b := newBench(t, q, "stops")
 		for i, m := range moments {

@@ -51,11 +51,11 @@ func follows(t *testing.T, h *host, vm *still, limit time.Duration) {
 		}
 	}
 	vm.tell("cont")
-	h.sees(time.Second, vm.name, inState(running))
+	h.sees(promptly(time.Second), vm.name, inState(running))
 	vm.tell("stop")
-	h.sees(time.Second, vm.name, inState(paused))
+	h.sees(promptly(time.Second), vm.name, inState(paused))
 	vm.kill()
-	gone := h.sees(time.Second, vm.name, inState(stopped))
+	gone := h.sees(promptly(time.Second), vm.name, inState(stopped))
 	if gone.GetProcess() != nil || gone.GetId() != seen.GetId() || len(gone.GetDisks()) != len(vm.disks) {
 		t.Errorf("after its end it is shown as %v", gone)
 	}

@@ -455,6 +455,7 @@ fi
 `
 
 func TestQEMUFreezeOfAGuestThatDoesNotAnswer(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := newWatched(t, testvm.Config{QEMU: q, FreezeHook: hangingHook, ExtraQMP: 1})
 		g.requiredOfAHangingHook()

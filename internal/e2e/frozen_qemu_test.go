@@ -116,6 +116,7 @@ func (b *booted) begin(g *gate, name string, args ...string) (*creation, string)
 // TestQEMUAFrozenGuestIsNeverLeft ends a quiesced snapshot in every way, at
 // each command to the guest agent, and asks the guest.
 func TestQEMUAFrozenGuestIsNeverLeft(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		b := newBooted(t, q)
 		b.cancelFreeze()

@@ -78,6 +78,7 @@ func (h *host) watchAll() *seen {
 // TestQEMUSchedule has schedules run on real QEMUs, one of them missed while the
 // daemon was killed, and a watcher that reconnects and misses nothing.
 func TestQEMUSchedule(t *testing.T) {
+	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		vm := newStill(t, q, "timed", "root.qcow2")
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
@@ -89,6 +90,7 @@ func TestQEMUSchedule(t *testing.T) {
 		at := time.Now().Add(2 * time.Second).UTC().Truncate(time.Second)
 		h.must("schedule", "create", vm.name, "--name", "once", "--once", at.Format(time.RFC3339), "--quiesce", "none", "--name-template", "only")
 		h.eventually(eventLimit, "the one that runs once has run", func() error { return h.has(vm.name, "only") })
+		h.eventually(eventLimit, "its operation has ended", h.idle)
 		if out := h.must("snapshot", "list", vm.name, "--taken"); !strings.Contains(out, "only") || !strings.Contains(out, "succeeded") {
 			t.Errorf("taken:\n%s", out)
 		}

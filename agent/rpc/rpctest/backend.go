@@ -21,6 +21,7 @@ type Script struct {
 	Verify      func(ctx context.Context, ref string, uid uint32) (op.Record, error)
 	PlanRestore func(context.Context, agent.RestoreRequest) (agent.RestorePlan, error)
 	Restore     func(context.Context, agent.RestoreRequest) (op.Record, error)
+	OpenPreview func(context.Context, agent.PreviewRequest) (op.Record, error)
 	Export      func(context.Context, agent.ExportRequest) (op.Record, error)
 	Freeze      func(context.Context, agent.FreezeRequest) (agent.FreezeView, error)
 	Thaw        func(context.Context, string) (agent.ThawResult, error)
@@ -267,6 +268,29 @@ func (b *Backend) RestoreSnapshot(ctx context.Context, req agent.RestoreRequest)
 		return f(ctx, req)
 	}
 	return op.Record{}, fault.New(fault.Unsupported, "no script for restoring snapshots")
+}
+
+// PreviewSnapshot is an error unless it is scripted.
+func (b *Backend) PreviewSnapshot(ctx context.Context, req agent.PreviewRequest) (op.Record, error) {
+	if f := b.scripted().OpenPreview; f != nil {
+		return f(ctx, req)
+	}
+	return op.Record{}, fault.New(fault.Unsupported, "no script for previews")
+}
+
+// Preview is an error: no VM runs one.
+func (b *Backend) Preview(_ context.Context, vm string) (agent.PreviewView, error) {
+	return agent.PreviewView{}, fault.New(fault.NotFound, "VM %s runs no preview", vm)
+}
+
+// CommitPreview is an error: no VM runs one.
+func (b *Backend) CommitPreview(_ context.Context, vm string, _ uint32) (op.Record, error) {
+	return op.Record{}, fault.New(fault.NotFound, "VM %s runs no preview", vm)
+}
+
+// UndoPreview is an error: no VM runs one.
+func (b *Backend) UndoPreview(_ context.Context, vm string, _ uint32) (op.Record, error) {
+	return op.Record{}, fault.New(fault.NotFound, "VM %s runs no preview", vm)
 }
 
 // RenameSnapshot renames a snapshot.

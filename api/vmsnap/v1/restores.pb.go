@@ -9,6 +9,7 @@ package vmsnapv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -157,6 +158,487 @@ func (x *RestoreSnapshotRequest) GetRequestId() string {
 	return ""
 }
 
+type PreviewSnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// VM/NAME or id.
+	Snapshot string `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// All disks of the snapshot when empty.
+	Disks []*DiskChoice `protobuf:"bytes,2,rep,name=disks,proto3" json:"disks,omitempty"`
+	// Disks of the snapshot that are left as they are.
+	Exclude []string `protobuf:"bytes,3,rep,name=exclude,proto3" json:"exclude,omitempty"`
+	// Leave the network links up. Else the guest sees its cables pulled out.
+	Connected bool `protobuf:"varint,4,opt,name=connected,proto3" json:"connected,omitempty"`
+	// What the running guest has in memory may be lost: undo starts it from its
+	// disks. A running VM is refused without it.
+	DiscardRunningState bool `protobuf:"varint,5,opt,name=discard_running_state,json=discardRunningState,proto3" json:"discard_running_state,omitempty"`
+	// Makes a repeated request return the first one's operation. Kept 30 days.
+	RequestId     string `protobuf:"bytes,6,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreviewSnapshotRequest) Reset() {
+	*x = PreviewSnapshotRequest{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreviewSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreviewSnapshotRequest) ProtoMessage() {}
+
+func (x *PreviewSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreviewSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*PreviewSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *PreviewSnapshotRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *PreviewSnapshotRequest) GetDisks() []*DiskChoice {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+func (x *PreviewSnapshotRequest) GetExclude() []string {
+	if x != nil {
+		return x.Exclude
+	}
+	return nil
+}
+
+func (x *PreviewSnapshotRequest) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *PreviewSnapshotRequest) GetDiscardRunningState() bool {
+	if x != nil {
+		return x.DiscardRunningState
+	}
+	return false
+}
+
+func (x *PreviewSnapshotRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type PreviewSnapshotResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreviewSnapshotResponse) Reset() {
+	*x = PreviewSnapshotResponse{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreviewSnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreviewSnapshotResponse) ProtoMessage() {}
+
+func (x *PreviewSnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreviewSnapshotResponse.ProtoReflect.Descriptor instead.
+func (*PreviewSnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *PreviewSnapshotResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+type GetPreviewRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetPreviewRequest) Reset() {
+	*x = GetPreviewRequest{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPreviewRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPreviewRequest) ProtoMessage() {}
+
+func (x *GetPreviewRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPreviewRequest.ProtoReflect.Descriptor instead.
+func (*GetPreviewRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *GetPreviewRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+type GetPreviewResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Preview       *Preview               `protobuf:"bytes,1,opt,name=preview,proto3" json:"preview,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetPreviewResponse) Reset() {
+	*x = GetPreviewResponse{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPreviewResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPreviewResponse) ProtoMessage() {}
+
+func (x *GetPreviewResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPreviewResponse.ProtoReflect.Descriptor instead.
+func (*GetPreviewResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *GetPreviewResponse) GetPreview() *Preview {
+	if x != nil {
+		return x.Preview
+	}
+	return nil
+}
+
+// Preview is a trial state that a VM runs until it is committed or undone.
+type Preview struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the snapshot that it was opened from.
+	Snapshot string `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// The operation that opened it.
+	OperationId string                 `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	Opened      *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=opened,proto3" json:"opened,omitempty"`
+	// The network links are down.
+	Isolated bool `protobuf:"varint,4,opt,name=isolated,proto3" json:"isolated,omitempty"`
+	// The disks that it has changed.
+	Devices       []string `protobuf:"bytes,5,rep,name=devices,proto3" json:"devices,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Preview) Reset() {
+	*x = Preview{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Preview) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Preview) ProtoMessage() {}
+
+func (x *Preview) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Preview.ProtoReflect.Descriptor instead.
+func (*Preview) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Preview) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *Preview) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *Preview) GetOpened() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Opened
+	}
+	return nil
+}
+
+func (x *Preview) GetIsolated() bool {
+	if x != nil {
+		return x.Isolated
+	}
+	return false
+}
+
+func (x *Preview) GetDevices() []string {
+	if x != nil {
+		return x.Devices
+	}
+	return nil
+}
+
+type CommitPreviewRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitPreviewRequest) Reset() {
+	*x = CommitPreviewRequest{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitPreviewRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitPreviewRequest) ProtoMessage() {}
+
+func (x *CommitPreviewRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitPreviewRequest.ProtoReflect.Descriptor instead.
+func (*CommitPreviewRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *CommitPreviewRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+type CommitPreviewResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its snapshot_id is that of the snapshot of the state before.
+	Operation     *Operation `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitPreviewResponse) Reset() {
+	*x = CommitPreviewResponse{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitPreviewResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitPreviewResponse) ProtoMessage() {}
+
+func (x *CommitPreviewResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitPreviewResponse.ProtoReflect.Descriptor instead.
+func (*CommitPreviewResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *CommitPreviewResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+type UndoPreviewRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndoPreviewRequest) Reset() {
+	*x = UndoPreviewRequest{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndoPreviewRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndoPreviewRequest) ProtoMessage() {}
+
+func (x *UndoPreviewRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndoPreviewRequest.ProtoReflect.Descriptor instead.
+func (*UndoPreviewRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *UndoPreviewRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+type UndoPreviewResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndoPreviewResponse) Reset() {
+	*x = UndoPreviewResponse{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndoPreviewResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndoPreviewResponse) ProtoMessage() {}
+
+func (x *UndoPreviewResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndoPreviewResponse.ProtoReflect.Descriptor instead.
+func (*UndoPreviewResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *UndoPreviewResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
 type RestoreSnapshotResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Its snapshot_id is that of the safety snapshot.
@@ -167,7 +649,7 @@ type RestoreSnapshotResponse struct {
 
 func (x *RestoreSnapshotResponse) Reset() {
 	*x = RestoreSnapshotResponse{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[2]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -179,7 +661,7 @@ func (x *RestoreSnapshotResponse) String() string {
 func (*RestoreSnapshotResponse) ProtoMessage() {}
 
 func (x *RestoreSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[2]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -192,7 +674,7 @@ func (x *RestoreSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{2}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *RestoreSnapshotResponse) GetOperation() *Operation {
@@ -211,7 +693,7 @@ type PlanRestoreResponse struct {
 
 func (x *PlanRestoreResponse) Reset() {
 	*x = PlanRestoreResponse{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[3]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -223,7 +705,7 @@ func (x *PlanRestoreResponse) String() string {
 func (*PlanRestoreResponse) ProtoMessage() {}
 
 func (x *PlanRestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[3]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -236,7 +718,7 @@ func (x *PlanRestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRestoreResponse.ProtoReflect.Descriptor instead.
 func (*PlanRestoreResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{3}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PlanRestoreResponse) GetPlan() *RestorePlan {
@@ -266,7 +748,7 @@ type RestorePlan struct {
 
 func (x *RestorePlan) Reset() {
 	*x = RestorePlan{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -278,7 +760,7 @@ func (x *RestorePlan) String() string {
 func (*RestorePlan) ProtoMessage() {}
 
 func (x *RestorePlan) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -291,7 +773,7 @@ func (x *RestorePlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestorePlan.ProtoReflect.Descriptor instead.
 func (*RestorePlan) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{4}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RestorePlan) GetVmName() string {
@@ -352,7 +834,7 @@ type RestorePlanDisk struct {
 
 func (x *RestorePlanDisk) Reset() {
 	*x = RestorePlanDisk{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -364,7 +846,7 @@ func (x *RestorePlanDisk) String() string {
 func (*RestorePlanDisk) ProtoMessage() {}
 
 func (x *RestorePlanDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -377,7 +859,7 @@ func (x *RestorePlanDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestorePlanDisk.ProtoReflect.Descriptor instead.
 func (*RestorePlanDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{5}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RestorePlanDisk) GetDevice() string {
@@ -412,7 +894,7 @@ var File_vmsnap_v1_restores_proto protoreflect.FileDescriptor
 
 const file_vmsnap_v1_restores_proto_rawDesc = "" +
 	"\n" +
-	"\x18vmsnap/v1/restores.proto\x12\tvmsnap.v1\x1a\x15vmsnap/v1/types.proto\"@\n" +
+	"\x18vmsnap/v1/restores.proto\x12\tvmsnap.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15vmsnap/v1/types.proto\"@\n" +
 	"\n" +
 	"DiskChoice\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1a\n" +
@@ -423,7 +905,35 @@ const file_vmsnap_v1_restores_proto_rawDesc = "" +
 	"\aexclude\x18\x03 \x03(\tR\aexclude\x12,\n" +
 	"\x12no_safety_snapshot\x18\x04 \x01(\bR\x10noSafetySnapshot\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x05 \x01(\tR\trequestId\"M\n" +
+	"request_id\x18\x05 \x01(\tR\trequestId\"\xec\x01\n" +
+	"\x16PreviewSnapshotRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12+\n" +
+	"\x05disks\x18\x02 \x03(\v2\x15.vmsnap.v1.DiskChoiceR\x05disks\x12\x18\n" +
+	"\aexclude\x18\x03 \x03(\tR\aexclude\x12\x1c\n" +
+	"\tconnected\x18\x04 \x01(\bR\tconnected\x122\n" +
+	"\x15discard_running_state\x18\x05 \x01(\bR\x13discardRunningState\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x06 \x01(\tR\trequestId\"M\n" +
+	"\x17PreviewSnapshotResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"#\n" +
+	"\x11GetPreviewRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\"B\n" +
+	"\x12GetPreviewResponse\x12,\n" +
+	"\apreview\x18\x01 \x01(\v2\x12.vmsnap.v1.PreviewR\apreview\"\xb2\x01\n" +
+	"\aPreview\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x122\n" +
+	"\x06opened\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x06opened\x12\x1a\n" +
+	"\bisolated\x18\x04 \x01(\bR\bisolated\x12\x18\n" +
+	"\adevices\x18\x05 \x03(\tR\adevices\"&\n" +
+	"\x14CommitPreviewRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\"K\n" +
+	"\x15CommitPreviewResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"$\n" +
+	"\x12UndoPreviewRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\"I\n" +
+	"\x13UndoPreviewResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"M\n" +
 	"\x17RestoreSnapshotResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"A\n" +
 	"\x13PlanRestoreResponse\x12*\n" +
@@ -453,30 +963,46 @@ func file_vmsnap_v1_restores_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_restores_proto_rawDescData
 }
 
-var file_vmsnap_v1_restores_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_vmsnap_v1_restores_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_vmsnap_v1_restores_proto_goTypes = []any{
 	(*DiskChoice)(nil),              // 0: vmsnap.v1.DiskChoice
 	(*RestoreSnapshotRequest)(nil),  // 1: vmsnap.v1.RestoreSnapshotRequest
-	(*RestoreSnapshotResponse)(nil), // 2: vmsnap.v1.RestoreSnapshotResponse
-	(*PlanRestoreResponse)(nil),     // 3: vmsnap.v1.PlanRestoreResponse
-	(*RestorePlan)(nil),             // 4: vmsnap.v1.RestorePlan
-	(*RestorePlanDisk)(nil),         // 5: vmsnap.v1.RestorePlanDisk
-	(*Operation)(nil),               // 6: vmsnap.v1.Operation
-	(*Warning)(nil),                 // 7: vmsnap.v1.Warning
-	(*Error)(nil),                   // 8: vmsnap.v1.Error
+	(*PreviewSnapshotRequest)(nil),  // 2: vmsnap.v1.PreviewSnapshotRequest
+	(*PreviewSnapshotResponse)(nil), // 3: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewRequest)(nil),       // 4: vmsnap.v1.GetPreviewRequest
+	(*GetPreviewResponse)(nil),      // 5: vmsnap.v1.GetPreviewResponse
+	(*Preview)(nil),                 // 6: vmsnap.v1.Preview
+	(*CommitPreviewRequest)(nil),    // 7: vmsnap.v1.CommitPreviewRequest
+	(*CommitPreviewResponse)(nil),   // 8: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewRequest)(nil),      // 9: vmsnap.v1.UndoPreviewRequest
+	(*UndoPreviewResponse)(nil),     // 10: vmsnap.v1.UndoPreviewResponse
+	(*RestoreSnapshotResponse)(nil), // 11: vmsnap.v1.RestoreSnapshotResponse
+	(*PlanRestoreResponse)(nil),     // 12: vmsnap.v1.PlanRestoreResponse
+	(*RestorePlan)(nil),             // 13: vmsnap.v1.RestorePlan
+	(*RestorePlanDisk)(nil),         // 14: vmsnap.v1.RestorePlanDisk
+	(*Operation)(nil),               // 15: vmsnap.v1.Operation
+	(*timestamppb.Timestamp)(nil),   // 16: google.protobuf.Timestamp
+	(*Warning)(nil),                 // 17: vmsnap.v1.Warning
+	(*Error)(nil),                   // 18: vmsnap.v1.Error
 }
 var file_vmsnap_v1_restores_proto_depIdxs = []int32{
-	0, // 0: vmsnap.v1.RestoreSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
-	6, // 1: vmsnap.v1.RestoreSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	4, // 2: vmsnap.v1.PlanRestoreResponse.plan:type_name -> vmsnap.v1.RestorePlan
-	5, // 3: vmsnap.v1.RestorePlan.disks:type_name -> vmsnap.v1.RestorePlanDisk
-	7, // 4: vmsnap.v1.RestorePlan.warnings:type_name -> vmsnap.v1.Warning
-	8, // 5: vmsnap.v1.RestorePlan.blockers:type_name -> vmsnap.v1.Error
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	0,  // 0: vmsnap.v1.RestoreSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
+	0,  // 1: vmsnap.v1.PreviewSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
+	15, // 2: vmsnap.v1.PreviewSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	6,  // 3: vmsnap.v1.GetPreviewResponse.preview:type_name -> vmsnap.v1.Preview
+	16, // 4: vmsnap.v1.Preview.opened:type_name -> google.protobuf.Timestamp
+	15, // 5: vmsnap.v1.CommitPreviewResponse.operation:type_name -> vmsnap.v1.Operation
+	15, // 6: vmsnap.v1.UndoPreviewResponse.operation:type_name -> vmsnap.v1.Operation
+	15, // 7: vmsnap.v1.RestoreSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	13, // 8: vmsnap.v1.PlanRestoreResponse.plan:type_name -> vmsnap.v1.RestorePlan
+	14, // 9: vmsnap.v1.RestorePlan.disks:type_name -> vmsnap.v1.RestorePlanDisk
+	17, // 10: vmsnap.v1.RestorePlan.warnings:type_name -> vmsnap.v1.Warning
+	18, // 11: vmsnap.v1.RestorePlan.blockers:type_name -> vmsnap.v1.Error
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_restores_proto_init() }
@@ -491,7 +1017,7 @@ func file_vmsnap_v1_restores_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_restores_proto_rawDesc), len(file_vmsnap_v1_restores_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -2317,7 +2317,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x06ThawVM\x12\x18.vmsnap.v1.ThawVMRequest\x1a\x19.vmsnap.v1.ThawVMResponse\x12N\n" +
 	"\n" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
-	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse2\xa2\x06\n" +
+	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse2\xee\b\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12V\n" +
 	"\fPlanSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a\x1f.vmsnap.v1.PlanSnapshotResponse\"\x03\x90\x02\x01\x12W\n" +
@@ -2325,7 +2325,12 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\vGetSnapshot\x12\x1d.vmsnap.v1.GetSnapshotRequest\x1a\x1e.vmsnap.v1.GetSnapshotResponse\"\x03\x90\x02\x01\x12U\n" +
 	"\x0eRenameSnapshot\x12 .vmsnap.v1.RenameSnapshotRequest\x1a!.vmsnap.v1.RenameSnapshotResponse\x12U\n" +
 	"\x0eVerifySnapshot\x12 .vmsnap.v1.VerifySnapshotRequest\x1a!.vmsnap.v1.VerifySnapshotResponse\x12X\n" +
-	"\x0fRestoreSnapshot\x12!.vmsnap.v1.RestoreSnapshotRequest\x1a\".vmsnap.v1.RestoreSnapshotResponse\x12U\n" +
+	"\x0fRestoreSnapshot\x12!.vmsnap.v1.RestoreSnapshotRequest\x1a\".vmsnap.v1.RestoreSnapshotResponse\x12X\n" +
+	"\x0fPreviewSnapshot\x12!.vmsnap.v1.PreviewSnapshotRequest\x1a\".vmsnap.v1.PreviewSnapshotResponse\x12N\n" +
+	"\n" +
+	"GetPreview\x12\x1c.vmsnap.v1.GetPreviewRequest\x1a\x1d.vmsnap.v1.GetPreviewResponse\"\x03\x90\x02\x01\x12R\n" +
+	"\rCommitPreview\x12\x1f.vmsnap.v1.CommitPreviewRequest\x1a .vmsnap.v1.CommitPreviewResponse\x12L\n" +
+	"\vUndoPreview\x12\x1d.vmsnap.v1.UndoPreviewRequest\x1a\x1e.vmsnap.v1.UndoPreviewResponse\x12U\n" +
 	"\vPlanRestore\x12!.vmsnap.v1.RestoreSnapshotRequest\x1a\x1e.vmsnap.v1.PlanRestoreResponse\"\x03\x90\x02\x01\x12U\n" +
 	"\x0eExportSnapshot\x12 .vmsnap.v1.ExportSnapshotRequest\x1a!.vmsnap.v1.ExportSnapshotResponse2\xf7\x02\n" +
 	"\x10OperationService\x12Z\n" +
@@ -2398,10 +2403,18 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(Consistency)(0),                // 47: vmsnap.v1.Consistency
 	(*Snapshot)(nil),                // 48: vmsnap.v1.Snapshot
 	(*RestoreSnapshotRequest)(nil),  // 49: vmsnap.v1.RestoreSnapshotRequest
-	(*ExportSnapshotRequest)(nil),   // 50: vmsnap.v1.ExportSnapshotRequest
-	(*RestoreSnapshotResponse)(nil), // 51: vmsnap.v1.RestoreSnapshotResponse
-	(*PlanRestoreResponse)(nil),     // 52: vmsnap.v1.PlanRestoreResponse
-	(*ExportSnapshotResponse)(nil),  // 53: vmsnap.v1.ExportSnapshotResponse
+	(*PreviewSnapshotRequest)(nil),  // 50: vmsnap.v1.PreviewSnapshotRequest
+	(*GetPreviewRequest)(nil),       // 51: vmsnap.v1.GetPreviewRequest
+	(*CommitPreviewRequest)(nil),    // 52: vmsnap.v1.CommitPreviewRequest
+	(*UndoPreviewRequest)(nil),      // 53: vmsnap.v1.UndoPreviewRequest
+	(*ExportSnapshotRequest)(nil),   // 54: vmsnap.v1.ExportSnapshotRequest
+	(*RestoreSnapshotResponse)(nil), // 55: vmsnap.v1.RestoreSnapshotResponse
+	(*PreviewSnapshotResponse)(nil), // 56: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewResponse)(nil),      // 57: vmsnap.v1.GetPreviewResponse
+	(*CommitPreviewResponse)(nil),   // 58: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewResponse)(nil),     // 59: vmsnap.v1.UndoPreviewResponse
+	(*PlanRestoreResponse)(nil),     // 60: vmsnap.v1.PlanRestoreResponse
+	(*ExportSnapshotResponse)(nil),  // 61: vmsnap.v1.ExportSnapshotResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	39, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
@@ -2452,34 +2465,42 @@ var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	27, // 45: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
 	17, // 46: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
 	49, // 47: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	49, // 48: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	50, // 49: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
-	29, // 50: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	31, // 51: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	33, // 52: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	35, // 53: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	1,  // 54: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 55: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	10, // 56: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	12, // 57: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	14, // 58: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	6,  // 59: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 60: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	16, // 61: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	19, // 62: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	24, // 63: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	26, // 64: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	28, // 65: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	18, // 66: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	51, // 67: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	52, // 68: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	53, // 69: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	30, // 70: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	32, // 71: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	34, // 72: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	36, // 73: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	54, // [54:74] is the sub-list for method output_type
-	34, // [34:54] is the sub-list for method input_type
+	50, // 48: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
+	51, // 49: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
+	52, // 50: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
+	53, // 51: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
+	49, // 52: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	54, // 53: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
+	29, // 54: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	31, // 55: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	33, // 56: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	35, // 57: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	1,  // 58: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 59: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	10, // 60: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	12, // 61: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	14, // 62: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	6,  // 63: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 64: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	16, // 65: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	19, // 66: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	24, // 67: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	26, // 68: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	28, // 69: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	18, // 70: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	55, // 71: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	56, // 72: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	57, // 73: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	58, // 74: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	59, // 75: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	60, // 76: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	61, // 77: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	30, // 78: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	32, // 79: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	34, // 80: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	36, // 81: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	58, // [58:82] is the sub-list for method output_type
+	34, // [34:58] is the sub-list for method input_type
 	34, // [34:34] is the sub-list for extension type_name
 	34, // [34:34] is the sub-list for extension extendee
 	0,  // [0:34] is the sub-list for field type_name

@@ -72,6 +72,18 @@ const (
 	// SnapshotServiceRestoreSnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// RestoreSnapshot RPC.
 	SnapshotServiceRestoreSnapshotProcedure = "/vmsnap.v1.SnapshotService/RestoreSnapshot"
+	// SnapshotServicePreviewSnapshotProcedure is the fully-qualified name of the SnapshotService's
+	// PreviewSnapshot RPC.
+	SnapshotServicePreviewSnapshotProcedure = "/vmsnap.v1.SnapshotService/PreviewSnapshot"
+	// SnapshotServiceGetPreviewProcedure is the fully-qualified name of the SnapshotService's
+	// GetPreview RPC.
+	SnapshotServiceGetPreviewProcedure = "/vmsnap.v1.SnapshotService/GetPreview"
+	// SnapshotServiceCommitPreviewProcedure is the fully-qualified name of the SnapshotService's
+	// CommitPreview RPC.
+	SnapshotServiceCommitPreviewProcedure = "/vmsnap.v1.SnapshotService/CommitPreview"
+	// SnapshotServiceUndoPreviewProcedure is the fully-qualified name of the SnapshotService's
+	// UndoPreview RPC.
+	SnapshotServiceUndoPreviewProcedure = "/vmsnap.v1.SnapshotService/UndoPreview"
 	// SnapshotServicePlanRestoreProcedure is the fully-qualified name of the SnapshotService's
 	// PlanRestore RPC.
 	SnapshotServicePlanRestoreProcedure = "/vmsnap.v1.SnapshotService/PlanRestore"
@@ -356,6 +368,14 @@ type SnapshotServiceClient interface {
 	// RestoreSnapshot starts an operation that takes disks of the VM back to what
 	// the snapshot holds. A running guest is reset.
 	RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error)
+	// PreviewSnapshot starts an operation that has the VM run a trial state, until
+	// CommitPreview or UndoPreview. Other changes of the VM are refused meanwhile.
+	PreviewSnapshot(context.Context, *connect.Request[v1.PreviewSnapshotRequest]) (*connect.Response[v1.PreviewSnapshotResponse], error)
+	GetPreview(context.Context, *connect.Request[v1.GetPreviewRequest]) (*connect.Response[v1.GetPreviewResponse], error)
+	// CommitPreview starts an operation that keeps the trial state.
+	CommitPreview(context.Context, *connect.Request[v1.CommitPreviewRequest]) (*connect.Response[v1.CommitPreviewResponse], error)
+	// UndoPreview starts an operation that goes back to the state before.
+	UndoPreview(context.Context, *connect.Request[v1.UndoPreviewRequest]) (*connect.Response[v1.UndoPreviewResponse], error)
 	// PlanRestore looks at what RestoreSnapshot would do, and changes nothing.
 	PlanRestore(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error)
 	// ExportSnapshot starts an operation that makes a standalone image of one disk.
@@ -418,6 +438,31 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(snapshotServiceMethods.ByName("RestoreSnapshot")),
 			connect.WithClientOptions(opts...),
 		),
+		previewSnapshot: connect.NewClient[v1.PreviewSnapshotRequest, v1.PreviewSnapshotResponse](
+			httpClient,
+			baseURL+SnapshotServicePreviewSnapshotProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("PreviewSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		getPreview: connect.NewClient[v1.GetPreviewRequest, v1.GetPreviewResponse](
+			httpClient,
+			baseURL+SnapshotServiceGetPreviewProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("GetPreview")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
+		commitPreview: connect.NewClient[v1.CommitPreviewRequest, v1.CommitPreviewResponse](
+			httpClient,
+			baseURL+SnapshotServiceCommitPreviewProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("CommitPreview")),
+			connect.WithClientOptions(opts...),
+		),
+		undoPreview: connect.NewClient[v1.UndoPreviewRequest, v1.UndoPreviewResponse](
+			httpClient,
+			baseURL+SnapshotServiceUndoPreviewProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("UndoPreview")),
+			connect.WithClientOptions(opts...),
+		),
 		planRestore: connect.NewClient[v1.RestoreSnapshotRequest, v1.PlanRestoreResponse](
 			httpClient,
 			baseURL+SnapshotServicePlanRestoreProcedure,
@@ -443,6 +488,10 @@ type snapshotServiceClient struct {
 	renameSnapshot  *connect.Client[v1.RenameSnapshotRequest, v1.RenameSnapshotResponse]
 	verifySnapshot  *connect.Client[v1.VerifySnapshotRequest, v1.VerifySnapshotResponse]
 	restoreSnapshot *connect.Client[v1.RestoreSnapshotRequest, v1.RestoreSnapshotResponse]
+	previewSnapshot *connect.Client[v1.PreviewSnapshotRequest, v1.PreviewSnapshotResponse]
+	getPreview      *connect.Client[v1.GetPreviewRequest, v1.GetPreviewResponse]
+	commitPreview   *connect.Client[v1.CommitPreviewRequest, v1.CommitPreviewResponse]
+	undoPreview     *connect.Client[v1.UndoPreviewRequest, v1.UndoPreviewResponse]
 	planRestore     *connect.Client[v1.RestoreSnapshotRequest, v1.PlanRestoreResponse]
 	exportSnapshot  *connect.Client[v1.ExportSnapshotRequest, v1.ExportSnapshotResponse]
 }
@@ -482,6 +531,26 @@ func (c *snapshotServiceClient) RestoreSnapshot(ctx context.Context, req *connec
 	return c.restoreSnapshot.CallUnary(ctx, req)
 }
 
+// PreviewSnapshot calls vmsnap.v1.SnapshotService.PreviewSnapshot.
+func (c *snapshotServiceClient) PreviewSnapshot(ctx context.Context, req *connect.Request[v1.PreviewSnapshotRequest]) (*connect.Response[v1.PreviewSnapshotResponse], error) {
+	return c.previewSnapshot.CallUnary(ctx, req)
+}
+
+// GetPreview calls vmsnap.v1.SnapshotService.GetPreview.
+func (c *snapshotServiceClient) GetPreview(ctx context.Context, req *connect.Request[v1.GetPreviewRequest]) (*connect.Response[v1.GetPreviewResponse], error) {
+	return c.getPreview.CallUnary(ctx, req)
+}
+
+// CommitPreview calls vmsnap.v1.SnapshotService.CommitPreview.
+func (c *snapshotServiceClient) CommitPreview(ctx context.Context, req *connect.Request[v1.CommitPreviewRequest]) (*connect.Response[v1.CommitPreviewResponse], error) {
+	return c.commitPreview.CallUnary(ctx, req)
+}
+
+// UndoPreview calls vmsnap.v1.SnapshotService.UndoPreview.
+func (c *snapshotServiceClient) UndoPreview(ctx context.Context, req *connect.Request[v1.UndoPreviewRequest]) (*connect.Response[v1.UndoPreviewResponse], error) {
+	return c.undoPreview.CallUnary(ctx, req)
+}
+
 // PlanRestore calls vmsnap.v1.SnapshotService.PlanRestore.
 func (c *snapshotServiceClient) PlanRestore(ctx context.Context, req *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error) {
 	return c.planRestore.CallUnary(ctx, req)
@@ -508,6 +577,14 @@ type SnapshotServiceHandler interface {
 	// RestoreSnapshot starts an operation that takes disks of the VM back to what
 	// the snapshot holds. A running guest is reset.
 	RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error)
+	// PreviewSnapshot starts an operation that has the VM run a trial state, until
+	// CommitPreview or UndoPreview. Other changes of the VM are refused meanwhile.
+	PreviewSnapshot(context.Context, *connect.Request[v1.PreviewSnapshotRequest]) (*connect.Response[v1.PreviewSnapshotResponse], error)
+	GetPreview(context.Context, *connect.Request[v1.GetPreviewRequest]) (*connect.Response[v1.GetPreviewResponse], error)
+	// CommitPreview starts an operation that keeps the trial state.
+	CommitPreview(context.Context, *connect.Request[v1.CommitPreviewRequest]) (*connect.Response[v1.CommitPreviewResponse], error)
+	// UndoPreview starts an operation that goes back to the state before.
+	UndoPreview(context.Context, *connect.Request[v1.UndoPreviewRequest]) (*connect.Response[v1.UndoPreviewResponse], error)
 	// PlanRestore looks at what RestoreSnapshot would do, and changes nothing.
 	PlanRestore(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error)
 	// ExportSnapshot starts an operation that makes a standalone image of one disk.
@@ -566,6 +643,31 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 		connect.WithSchema(snapshotServiceMethods.ByName("RestoreSnapshot")),
 		connect.WithHandlerOptions(opts...),
 	)
+	snapshotServicePreviewSnapshotHandler := connect.NewUnaryHandler(
+		SnapshotServicePreviewSnapshotProcedure,
+		svc.PreviewSnapshot,
+		connect.WithSchema(snapshotServiceMethods.ByName("PreviewSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServiceGetPreviewHandler := connect.NewUnaryHandler(
+		SnapshotServiceGetPreviewProcedure,
+		svc.GetPreview,
+		connect.WithSchema(snapshotServiceMethods.ByName("GetPreview")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServiceCommitPreviewHandler := connect.NewUnaryHandler(
+		SnapshotServiceCommitPreviewProcedure,
+		svc.CommitPreview,
+		connect.WithSchema(snapshotServiceMethods.ByName("CommitPreview")),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServiceUndoPreviewHandler := connect.NewUnaryHandler(
+		SnapshotServiceUndoPreviewProcedure,
+		svc.UndoPreview,
+		connect.WithSchema(snapshotServiceMethods.ByName("UndoPreview")),
+		connect.WithHandlerOptions(opts...),
+	)
 	snapshotServicePlanRestoreHandler := connect.NewUnaryHandler(
 		SnapshotServicePlanRestoreProcedure,
 		svc.PlanRestore,
@@ -595,6 +697,14 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 			snapshotServiceVerifySnapshotHandler.ServeHTTP(w, r)
 		case SnapshotServiceRestoreSnapshotProcedure:
 			snapshotServiceRestoreSnapshotHandler.ServeHTTP(w, r)
+		case SnapshotServicePreviewSnapshotProcedure:
+			snapshotServicePreviewSnapshotHandler.ServeHTTP(w, r)
+		case SnapshotServiceGetPreviewProcedure:
+			snapshotServiceGetPreviewHandler.ServeHTTP(w, r)
+		case SnapshotServiceCommitPreviewProcedure:
+			snapshotServiceCommitPreviewHandler.ServeHTTP(w, r)
+		case SnapshotServiceUndoPreviewProcedure:
+			snapshotServiceUndoPreviewHandler.ServeHTTP(w, r)
 		case SnapshotServicePlanRestoreProcedure:
 			snapshotServicePlanRestoreHandler.ServeHTTP(w, r)
 		case SnapshotServiceExportSnapshotProcedure:
@@ -634,6 +744,22 @@ func (UnimplementedSnapshotServiceHandler) VerifySnapshot(context.Context, *conn
 
 func (UnimplementedSnapshotServiceHandler) RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.RestoreSnapshot is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) PreviewSnapshot(context.Context, *connect.Request[v1.PreviewSnapshotRequest]) (*connect.Response[v1.PreviewSnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.PreviewSnapshot is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) GetPreview(context.Context, *connect.Request[v1.GetPreviewRequest]) (*connect.Response[v1.GetPreviewResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.GetPreview is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) CommitPreview(context.Context, *connect.Request[v1.CommitPreviewRequest]) (*connect.Response[v1.CommitPreviewResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.CommitPreview is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) UndoPreview(context.Context, *connect.Request[v1.UndoPreviewRequest]) (*connect.Response[v1.UndoPreviewResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.UndoPreview is not implemented"))
 }
 
 func (UnimplementedSnapshotServiceHandler) PlanRestore(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error) {

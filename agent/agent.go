@@ -58,6 +58,7 @@ type Agent struct {
 	scheduler *scheduler
 	deleter   Deleter // nil while nothing can delete snapshots
 	reloads   chan reloading
+	rebuilds  chan rebuilding
 
 	// recording is held while a VM's coming, going or being forgotten is
 	// recorded, so that the catalog has them in the order in which they
@@ -88,7 +89,7 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, log: cfg.Logger, catalog: cat, overrides: overrides,
 		ops: op.NewRunner(cat, cfg.Logger.Named("operation"), op.Limit(cfg.Limits)), news: newNews(cat, cfg.Logger.Named("event")),
-		vms: map[string]*vm{}, reloads: make(chan reloading), stopping: make(chan struct{}),
+		vms: map[string]*vm{}, reloads: make(chan reloading), rebuilds: make(chan rebuilding), stopping: make(chan struct{}),
 		profiles: cfg.Profiles, clock: time.Now, scheduler: newScheduler(),
 	}
 	a.create = a.CreateSnapshot

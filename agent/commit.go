@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"path/filepath"
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
@@ -247,94 +246,4 @@ func (d *cutDisk) layers(operation string, base catalog.Layer) ([]catalog.Layer,
 		ID: d.OverlayID, DiskID: d.DiskID, Parent: d.parent(), Path: d.overlayDir.Path(d.Overlay), Format: "qcow2",
 		VirtualSize: d.Size, Dev: oi.Dev, Ino: oi.Ino, Operation: operation, Created: time.Now(),
 	}}, nil
-}
-
-// manifest is what stands beside the layers: everything that the catalog knows
-// of a snapshot, so that a lost catalog can be rebuilt.
-type manifest struct {
-	Version  int              `json:"version"`
-	VM       catalog.VM       `json:"vm"`
-	Snapshot catalog.Snapshot `json:"snapshot"`
-	Disks    []catalog.Disk   `json:"disks"`
-	Layers   []catalog.Layer  `json:"layers"`
-}
-
-const manifestVersion = 1
-
-// manifestDir holds the manifests, beside the layers.
-const manifestDir = ".vmsnap"
-
-// writeManifests writes the manifest into each directory that holds a layer of
-// the snapshot.
-func (c *cut) writeManifests(s catalog.Snapshot, layers []catalog.Layer) error {
-	c.vm.mu.Lock()
-	m := manifest{Version: manifestVersion, VM: c.vm.rec, Snapshot: s, Disks: c.vm.disks, Layers: layers}
-	c.vm.mu.Unlock()
-	data, err := json.MarshalIndent(m, "", "  ")
-	if err != nil {
-		return err
-	}
-	var errs []error
-	done := map[string]bool{}
-	for _, d := range c.disks {
-		beside := d.baseDir
-		if d.BaseDevice != "" {
-			beside = d.overlayDir
-		}
-		if path := beside.Path(""); !done[path] {
-			done[path] = true
-			errs = append(errs, beside.WriteFile(manifestDir, s.ID+".json", data))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// rewriteManifests brings the manifests of a snapshot up to the catalog.
-func (a *Agent) rewriteManifests(s catalog.Snapshot) error {
-	a.mu.RLock()
-	v := a.vms[s.VMID]
-	a.mu.RUnlock()
-	if v == nil {
-		return nil
-	}
-	v.mu.Lock()
-	layers := v.layers
-	m := manifest{Version: manifestVersion, VM: v.rec, Snapshot: s, Disks: v.disks}
-	v.mu.Unlock()
-	dirs := map[string]bool{}
-	for _, d := range s.Disks {
-		if l := layerOf(layers, d.LayerID); l.ID != "" {
-			m.Layers = append(m.Layers, l)
-			dirs[manifestDirOf(l, layers)] = true
-		}
-	}
-	data, err := json.MarshalIndent(m, "", "  ")
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for dir := range dirs {
-		errs = append(errs, writeManifest(dir, s.ID, data))
-	}
-	return errors.Join(errs...)
-}
-
-// manifestDirOf returns the directory of the manifests of a layer's snapshots:
-// the one that it stands in, for a block device that of a layer on it.
-func manifestDirOf(l catalog.Layer, layers []catalog.Layer) string {
-	for _, child := range layers {
-		if l.Device != "" && child.Parent == l.ID {
-			return filepath.Dir(child.Path)
-		}
-	}
-	return filepath.Dir(l.Path)
-}
-
-func writeManifest(path, id string, data []byte) (err error) {
-	dir, err := blockdev.OpenDir(path, "")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
-	return dir.WriteFile(manifestDir, id+".json", data)
 }

@@ -23,7 +23,11 @@ func (a *Agent) begin(ctx context.Context, spec op.Spec, recipe op.Recipe) (op.R
 	}
 	return a.ops.Start(ctx, spec, func(ctx context.Context, o *op.Op) error {
 		a.attended(ctx, o, v, spec.Kind, spec.UID)
-		return recipe(ctx, o)
+		err := recipe(ctx, o)
+		if !errors.Is(err, op.ErrLeave) {
+			a.keepManifests(ctx, o, v, spec.Kind)
+		}
+		return err
 	})
 }
 

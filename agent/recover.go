@@ -72,7 +72,11 @@ func (a *Agent) recover(ctx context.Context) {
 		}
 		err := a.ops.Resume(rec, func(ctx context.Context, o *op.Op) error {
 			a.attended(ctx, o, v, rec.Kind, rec.UID)
-			return a.recoverOne(ctx, o, v, rec)
+			err := a.recoverOne(ctx, o, v, rec)
+			if !errors.Is(err, op.ErrLeave) {
+				a.keepManifests(ctx, o, v, rec.Kind)
+			}
+			return err
 		})
 		if err != nil {
 			a.log.Error("an unfinished operation cannot be taken over", "operation", rec.ID, "vm", rec.VMName, "error", err)

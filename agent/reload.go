@@ -53,6 +53,8 @@ func (a *Agent) followHost(ctx, sessions context.Context, w *discover.Watcher, l
 			a.overrides = reload.overrides
 			a.mu.Unlock()
 			reload.done <- a.describeAgain(ctx, sessions)
+		case r := <-a.rebuilds:
+			r.done <- a.rebuild(r.ctx, sessions, r.dirs)
 		}
 	}
 }

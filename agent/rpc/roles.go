@@ -50,9 +50,10 @@ var needed = map[string]Role{
 	vmsnapv1connect.VMServiceFreezeVMProcedure: Operator,
 	vmsnapv1connect.VMServiceThawVMProcedure:   Operator,
 	// A diagnosis changes nothing, but it reads images and talks to the guest.
-	vmsnapv1connect.VMServiceDiagnoseVMProcedure: Operator,
-	vmsnapv1connect.VMServiceRepairVMProcedure:   Operator,
-	vmsnapv1connect.VMServiceForgetVMProcedure:   Admin,
+	vmsnapv1connect.VMServiceDiagnoseVMProcedure:     Operator,
+	vmsnapv1connect.VMServiceRepairVMProcedure:       Operator,
+	vmsnapv1connect.VMServiceForgetVMProcedure:       Admin,
+	vmsnapv1connect.VMServiceRebuildCatalogProcedure: Admin,
 
 	vmsnapv1connect.SnapshotServiceListSnapshotsProcedure:  Viewer,
 	vmsnapv1connect.SnapshotServiceGetSnapshotProcedure:    Viewer,

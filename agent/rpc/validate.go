@@ -41,6 +41,12 @@ func first(errs ...error) error {
 	return nil
 }
 
+// The directories of a RebuildCatalog.
+const (
+	maxDirs = 1000
+	maxDir  = 4096 // PATH_MAX
+)
+
 // checkRef checks a field that must name something.
 func checkRef(field, value string) error {
 	if value == "" {

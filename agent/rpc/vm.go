@@ -104,3 +104,16 @@ func (s vmService) RepairVM(ctx context.Context, req *connect.Request[vmsnapv1.R
 	}
 	return connect.NewResponse(&vmsnapv1.RepairVMResponse{Findings: each(d.Findings, findingProto)}), nil
 }
+
+func (s vmService) RebuildCatalog(ctx context.Context, req *connect.Request[vmsnapv1.RebuildCatalogRequest]) (*connect.Response[vmsnapv1.RebuildCatalogResponse], error) {
+	if err := checkList("dirs", req.Msg.GetDirs(), maxDirs, maxDir); err != nil {
+		return nil, err
+	}
+	r, err := s.backend.RebuildCatalog(ctx, req.Msg.GetDirs())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.RebuildCatalogResponse{Skipped: each(r.Skipped, text), Vms: each(r.VMs, func(v agent.RebuiltVM) *vmsnapv1.RebuiltVM {
+		return &vmsnapv1.RebuiltVM{Id: text(v.ID), Name: text(v.Name), Layers: uint32(v.Layers), Snapshots: uint32(v.Snapshots)}
+	})}), nil
+}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -15,6 +16,8 @@ type checkup struct{ repair, deep bool }
 
 func (a *app) doctor() *cobra.Command {
 	var c checkup
+	var rebuild bool
+	var dirs []string
 	cmd := &cobra.Command{
 		Use:   "doctor [VM]",
 		Short: "Look for what is wrong with a VM or with all, and repair it",
@@ -26,14 +29,26 @@ at.
 
 Nothing is changed without --repair, and nothing is ever deleted: files that seem
 to be of no use are moved to .vmsnap/quarantine beside them. Exits with 1 when
-something is left that is wrong. See docs/doctor.md for each finding.`,
+something is left that is wrong. See docs/doctor.md for each finding.
+
+With --rebuild a catalog that was lost is made again from the manifests beside the
+layers, in the directories of the disks that are known and in those of --dir.`,
 		Example: `  vmsnap doctor
   vmsnap doctor web
   vmsnap doctor web --repair
-  vmsnap doctor web --deep`,
+  vmsnap doctor web --deep
+  vmsnap doctor --rebuild --dir /srv/vm/web`,
 		Args:              takes("[VM]"),
 		ValidArgsFunction: a.completing(a.completeVMs),
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case rebuild && (len(args) > 0 || c.repair || c.deep):
+				return usage(cmd, "--rebuild is for the whole catalog, and goes with --dir only")
+			case rebuild:
+				return a.rebuildCatalog(dirs)
+			case len(dirs) > 0:
+				return usage(cmd, "--dir is for --rebuild")
+			}
 			patients, err := a.patients(args)
 			if err != nil {
 				return err
@@ -70,7 +85,46 @@ something is left that is wrong. See docs/doctor.md for each finding.`,
 	flags := cmd.Flags()
 	flags.BoolVar(&c.repair, "repair", false, "repair what can be repaired")
 	flags.BoolVar(&c.deep, "deep", false, "also read saved memory and compare it with its checksum")
+	flags.BoolVar(&rebuild, "rebuild", false, "make a catalog that was lost again")
+	flags.StringArrayVar(&dirs, "dir", nil, "with --rebuild: also look into this `directory`; may be repeated")
+	must(cmd.MarkFlagDirname("dir"))
 	return cmd
+}
+
+// rebuildCatalog has a lost catalog made again.
+func (a *app) rebuildCatalog(dirs []string) error {
+	for i, d := range dirs {
+		path, err := filepath.Abs(d)
+		if err != nil {
+			return err
+		}
+		dirs[i] = path
+	}
+	res, err := a.client().VMs().RebuildCatalog(a.asked, connect.NewRequest(&vmsnapv1.RebuildCatalogRequest{Dirs: dirs}))
+	if err != nil {
+		return err
+	}
+	r := result{document: res.Msg}
+	for _, vm := range res.Msg.GetVms() {
+		r.names = append(r.names, vm.GetName())
+	}
+	r.human = func(p page, _ bool) error {
+		if len(res.Msg.GetVms()) == 0 {
+			p.line("Nothing was found that the catalog has lost.")
+		}
+		for _, vm := range res.Msg.GetVms() {
+			p.line("%s is in the catalog again, with %d %s and %d %s.", vm.GetName(), vm.GetSnapshots(), plural(int(vm.GetSnapshots()), "snapshot"),
+				vm.GetLayers(), plural(int(vm.GetLayers()), "layer"))
+		}
+		if len(res.Msg.GetSkipped()) > 0 {
+			p.line("Left out:")
+		}
+		for _, s := range res.Msg.GetSkipped() {
+			p.line("  %s", s)
+		}
+		return nil
+	}
+	return a.print(r)
 }
 
 // patient is a VM that is looked at.

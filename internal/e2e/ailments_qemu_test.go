@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -167,6 +168,7 @@ func TestQEMUDoctorFindsAndRepairsFiles(t *testing.T) {
 		"launch-path-elsewhere": astray,
 		"orphans":               orphans,
 		"memory":                spoiltMemory,
+		"manifests":             spoiltManifests,
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := *a
@@ -341,6 +343,32 @@ func spoiltMemory(a *ailing) {
 	a.only("memory-orphaned", true)
 	a.repaired("memory-orphaned")
 	if _, err := os.Stat(a.dir + "/.vmsnap/quarantine/0badcafe.mem"); err != nil {
+		a.t.Error(err)
+	}
+}
+
+func spoiltManifests(a *ailing) {
+	dir := a.dir + "/.vmsnap/"
+	one := dir + a.h.snapshot(a.name+"/one").ID + ".json"
+	a.do(os.Remove(one))
+	a.only("manifest-missing", true)
+	a.repaired("manifest-missing")
+	data, err := os.ReadFile(one)
+	a.do(err, os.WriteFile(one, []byte(strings.ReplaceAll(string(data), `"Name": "one"`, `"Name": "two"`)), 0o600))
+	a.only("manifest-differs", true)
+	a.repaired("manifest-differs")
+	trees, err := filepath.Glob(dir + "vm-*.json")
+	a.do(err)
+	if len(trees) != 1 {
+		a.t.Fatalf("manifests of the VM: %v", trees)
+	}
+	a.do(os.WriteFile(trees[0], []byte("{}"), 0o600))
+	a.only("manifest-differs", true)
+	a.repaired("manifest-differs")
+	a.do(os.WriteFile(dir+"0badcafe.json", data, 0o600))
+	a.only("manifest-orphaned", true)
+	a.repaired("manifest-orphaned")
+	if _, err := os.Stat(dir + "quarantine/0badcafe.json"); err != nil {
 		a.t.Error(err)
 	}
 }

@@ -181,6 +181,16 @@ func (b *Backend) Repair(ctx context.Context, req agent.DoctorRequest) (agent.Di
 	return d, err
 }
 
+// RebuildCatalog finds one VM, and skips a manifest.
+func (b *Backend) RebuildCatalog(_ context.Context, dirs []string) (agent.Rebuilt, error) {
+	var r agent.Rebuilt
+	for _, dir := range dirs {
+		r.VMs = append(r.VMs, agent.RebuiltVM{ID: "5f0c1a2b", Name: "web", Layers: 3, Snapshots: 2})
+		r.Skipped = append(r.Skipped, dir+"/.vmsnap/a1b2c3d4.json: unexpected end of JSON input")
+	}
+	return r, nil
+}
+
 // PlanSnapshot plans a snapshot of a running VM with nothing in its way.
 func (b *Backend) PlanSnapshot(ctx context.Context, req agent.SnapshotRequest) (agent.Plan, error) {
 	if f := b.scripted().Plan; f != nil {

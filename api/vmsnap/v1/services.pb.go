@@ -499,6 +499,174 @@ func (x *RepairVMResponse) GetFindings() []*Finding {
 	return nil
 }
 
+type RebuildCatalogRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Absolute paths of directories that hold layers, beside those of the disks that
+	// are known.
+	Dirs          []string `protobuf:"bytes,1,rep,name=dirs,proto3" json:"dirs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RebuildCatalogRequest) Reset() {
+	*x = RebuildCatalogRequest{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RebuildCatalogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RebuildCatalogRequest) ProtoMessage() {}
+
+func (x *RebuildCatalogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RebuildCatalogRequest.ProtoReflect.Descriptor instead.
+func (*RebuildCatalogRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RebuildCatalogRequest) GetDirs() []string {
+	if x != nil {
+		return x.Dirs
+	}
+	return nil
+}
+
+type RebuildCatalogResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vms   []*RebuiltVM           `protobuf:"bytes,1,rep,name=vms,proto3" json:"vms,omitempty"`
+	// What was not taken, and why.
+	Skipped       []string `protobuf:"bytes,2,rep,name=skipped,proto3" json:"skipped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RebuildCatalogResponse) Reset() {
+	*x = RebuildCatalogResponse{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RebuildCatalogResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RebuildCatalogResponse) ProtoMessage() {}
+
+func (x *RebuildCatalogResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RebuildCatalogResponse.ProtoReflect.Descriptor instead.
+func (*RebuildCatalogResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RebuildCatalogResponse) GetVms() []*RebuiltVM {
+	if x != nil {
+		return x.Vms
+	}
+	return nil
+}
+
+func (x *RebuildCatalogResponse) GetSkipped() []string {
+	if x != nil {
+		return x.Skipped
+	}
+	return nil
+}
+
+// RebuiltVM is a VM that is in the catalog again.
+type RebuiltVM struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Layers        uint32                 `protobuf:"varint,3,opt,name=layers,proto3" json:"layers,omitempty"`
+	Snapshots     uint32                 `protobuf:"varint,4,opt,name=snapshots,proto3" json:"snapshots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RebuiltVM) Reset() {
+	*x = RebuiltVM{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RebuiltVM) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RebuiltVM) ProtoMessage() {}
+
+func (x *RebuiltVM) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RebuiltVM.ProtoReflect.Descriptor instead.
+func (*RebuiltVM) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *RebuiltVM) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RebuiltVM) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RebuiltVM) GetLayers() uint32 {
+	if x != nil {
+		return x.Layers
+	}
+	return 0
+}
+
+func (x *RebuiltVM) GetSnapshots() uint32 {
+	if x != nil {
+		return x.Snapshots
+	}
+	return 0
+}
+
 type ForgetVMRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
@@ -510,7 +678,7 @@ type ForgetVMRequest struct {
 
 func (x *ForgetVMRequest) Reset() {
 	*x = ForgetVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -522,7 +690,7 @@ func (x *ForgetVMRequest) String() string {
 func (*ForgetVMRequest) ProtoMessage() {}
 
 func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -535,7 +703,7 @@ func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMRequest.ProtoReflect.Descriptor instead.
 func (*ForgetVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{9}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ForgetVMRequest) GetVm() string {
@@ -562,7 +730,7 @@ type ForgetVMResponse struct {
 
 func (x *ForgetVMResponse) Reset() {
 	*x = ForgetVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -574,7 +742,7 @@ func (x *ForgetVMResponse) String() string {
 func (*ForgetVMResponse) ProtoMessage() {}
 
 func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -587,7 +755,7 @@ func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMResponse.ProtoReflect.Descriptor instead.
 func (*ForgetVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{10}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ForgetVMResponse) GetLayers() []string {
@@ -612,7 +780,7 @@ type FreezeVMRequest struct {
 
 func (x *FreezeVMRequest) Reset() {
 	*x = FreezeVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +792,7 @@ func (x *FreezeVMRequest) String() string {
 func (*FreezeVMRequest) ProtoMessage() {}
 
 func (x *FreezeVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +805,7 @@ func (x *FreezeVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeVMRequest.ProtoReflect.Descriptor instead.
 func (*FreezeVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{11}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *FreezeVMRequest) GetVm() string {
@@ -677,7 +845,7 @@ type FreezeVMResponse struct {
 
 func (x *FreezeVMResponse) Reset() {
 	*x = FreezeVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -689,7 +857,7 @@ func (x *FreezeVMResponse) String() string {
 func (*FreezeVMResponse) ProtoMessage() {}
 
 func (x *FreezeVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -702,7 +870,7 @@ func (x *FreezeVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeVMResponse.ProtoReflect.Descriptor instead.
 func (*FreezeVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *FreezeVMResponse) GetFreeze() *Freeze {
@@ -721,7 +889,7 @@ type ThawVMRequest struct {
 
 func (x *ThawVMRequest) Reset() {
 	*x = ThawVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -733,7 +901,7 @@ func (x *ThawVMRequest) String() string {
 func (*ThawVMRequest) ProtoMessage() {}
 
 func (x *ThawVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -746,7 +914,7 @@ func (x *ThawVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ThawVMRequest.ProtoReflect.Descriptor instead.
 func (*ThawVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ThawVMRequest) GetVm() string {
@@ -767,7 +935,7 @@ type ThawVMResponse struct {
 
 func (x *ThawVMResponse) Reset() {
 	*x = ThawVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -779,7 +947,7 @@ func (x *ThawVMResponse) String() string {
 func (*ThawVMResponse) ProtoMessage() {}
 
 func (x *ThawVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -792,7 +960,7 @@ func (x *ThawVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ThawVMResponse.ProtoReflect.Descriptor instead.
 func (*ThawVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ThawVMResponse) GetWasFrozen() bool {
@@ -851,7 +1019,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +1031,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -876,7 +1044,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CreateSnapshotRequest) GetVm() string {
@@ -1014,7 +1182,7 @@ type CreateSnapshotResponse struct {
 
 func (x *CreateSnapshotResponse) Reset() {
 	*x = CreateSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1026,7 +1194,7 @@ func (x *CreateSnapshotResponse) String() string {
 func (*CreateSnapshotResponse) ProtoMessage() {}
 
 func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1039,7 +1207,7 @@ func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{16}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CreateSnapshotResponse) GetOperation() *Operation {
@@ -1059,7 +1227,7 @@ type VerifySnapshotRequest struct {
 
 func (x *VerifySnapshotRequest) Reset() {
 	*x = VerifySnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1071,7 +1239,7 @@ func (x *VerifySnapshotRequest) String() string {
 func (*VerifySnapshotRequest) ProtoMessage() {}
 
 func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1084,7 +1252,7 @@ func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifySnapshotRequest.ProtoReflect.Descriptor instead.
 func (*VerifySnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{17}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *VerifySnapshotRequest) GetSnapshot() string {
@@ -1103,7 +1271,7 @@ type VerifySnapshotResponse struct {
 
 func (x *VerifySnapshotResponse) Reset() {
 	*x = VerifySnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1115,7 +1283,7 @@ func (x *VerifySnapshotResponse) String() string {
 func (*VerifySnapshotResponse) ProtoMessage() {}
 
 func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1128,7 +1296,7 @@ func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifySnapshotResponse.ProtoReflect.Descriptor instead.
 func (*VerifySnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{18}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *VerifySnapshotResponse) GetOperation() *Operation {
@@ -1147,7 +1315,7 @@ type PlanSnapshotResponse struct {
 
 func (x *PlanSnapshotResponse) Reset() {
 	*x = PlanSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1327,7 @@ func (x *PlanSnapshotResponse) String() string {
 func (*PlanSnapshotResponse) ProtoMessage() {}
 
 func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1340,7 @@ func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*PlanSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{19}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PlanSnapshotResponse) GetPlan() *Plan {
@@ -1205,7 +1373,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1217,7 +1385,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1230,7 +1398,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Plan) GetVmName() string {
@@ -1321,7 +1489,7 @@ type PlanMemory struct {
 
 func (x *PlanMemory) Reset() {
 	*x = PlanMemory{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1333,7 +1501,7 @@ func (x *PlanMemory) String() string {
 func (*PlanMemory) ProtoMessage() {}
 
 func (x *PlanMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1346,7 +1514,7 @@ func (x *PlanMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanMemory.ProtoReflect.Descriptor instead.
 func (*PlanMemory) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PlanMemory) GetStrategy() MemoryStrategy {
@@ -1435,7 +1603,7 @@ type PlanDisk struct {
 
 func (x *PlanDisk) Reset() {
 	*x = PlanDisk{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1447,7 +1615,7 @@ func (x *PlanDisk) String() string {
 func (*PlanDisk) ProtoMessage() {}
 
 func (x *PlanDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1460,7 +1628,7 @@ func (x *PlanDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanDisk.ProtoReflect.Descriptor instead.
 func (*PlanDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PlanDisk) GetDevice() string {
@@ -1517,7 +1685,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1529,7 +1697,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1542,7 +1710,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListSnapshotsRequest) GetVm() string {
@@ -1568,7 +1736,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1748,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1761,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1612,7 +1780,7 @@ type GetSnapshotRequest struct {
 
 func (x *GetSnapshotRequest) Reset() {
 	*x = GetSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1792,7 @@ func (x *GetSnapshotRequest) String() string {
 func (*GetSnapshotRequest) ProtoMessage() {}
 
 func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1805,7 @@ func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*GetSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetSnapshotRequest) GetSnapshot() string {
@@ -1656,7 +1824,7 @@ type GetSnapshotResponse struct {
 
 func (x *GetSnapshotResponse) Reset() {
 	*x = GetSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1668,7 +1836,7 @@ func (x *GetSnapshotResponse) String() string {
 func (*GetSnapshotResponse) ProtoMessage() {}
 
 func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1681,7 +1849,7 @@ func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*GetSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetSnapshotResponse) GetSnapshot() *Snapshot {
@@ -1701,7 +1869,7 @@ type RenameSnapshotRequest struct {
 
 func (x *RenameSnapshotRequest) Reset() {
 	*x = RenameSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +1881,7 @@ func (x *RenameSnapshotRequest) String() string {
 func (*RenameSnapshotRequest) ProtoMessage() {}
 
 func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +1894,7 @@ func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RenameSnapshotRequest) GetSnapshot() string {
@@ -1752,7 +1920,7 @@ type RenameSnapshotResponse struct {
 
 func (x *RenameSnapshotResponse) Reset() {
 	*x = RenameSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1764,7 +1932,7 @@ func (x *RenameSnapshotResponse) String() string {
 func (*RenameSnapshotResponse) ProtoMessage() {}
 
 func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1777,7 +1945,7 @@ func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RenameSnapshotResponse) GetSnapshot() *Snapshot {
@@ -1800,7 +1968,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1812,7 +1980,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1825,7 +1993,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{29}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListOperationsRequest) GetVm() string {
@@ -1858,7 +2026,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1870,7 +2038,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1883,7 +2051,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{30}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -1902,7 +2070,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1914,7 +2082,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1927,7 +2095,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{31}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -1946,7 +2114,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1958,7 +2126,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1971,7 +2139,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{32}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -1990,7 +2158,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2002,7 +2170,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2015,7 +2183,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{33}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -2034,7 +2202,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2046,7 +2214,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2059,7 +2227,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{34}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -2078,7 +2246,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2090,7 +2258,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2103,7 +2271,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{35}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -2122,7 +2290,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2134,7 +2302,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2147,7 +2315,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{36}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -2190,7 +2358,17 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
 	"\x04deep\x18\x02 \x01(\bR\x04deep\"B\n" +
 	"\x10RepairVMResponse\x12.\n" +
-	"\bfindings\x18\x01 \x03(\v2\x12.vmsnap.v1.FindingR\bfindings\";\n" +
+	"\bfindings\x18\x01 \x03(\v2\x12.vmsnap.v1.FindingR\bfindings\"+\n" +
+	"\x15RebuildCatalogRequest\x12\x12\n" +
+	"\x04dirs\x18\x01 \x03(\tR\x04dirs\"Z\n" +
+	"\x16RebuildCatalogResponse\x12&\n" +
+	"\x03vms\x18\x01 \x03(\v2\x14.vmsnap.v1.RebuiltVMR\x03vms\x12\x18\n" +
+	"\askipped\x18\x02 \x03(\tR\askipped\"e\n" +
+	"\tRebuiltVM\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
+	"\x06layers\x18\x03 \x01(\rR\x06layers\x12\x1c\n" +
+	"\tsnapshots\x18\x04 \x01(\rR\tsnapshots\";\n" +
 	"\x0fForgetVMRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
 	"\arelease\x18\x02 \x01(\bR\arelease\"*\n" +
@@ -2308,7 +2486,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x16CancelOperationRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"M\n" +
 	"\x17CancelOperationResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation2\xf1\x03\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation2\xc8\x04\n" +
 	"\tVMService\x12E\n" +
 	"\aListVMs\x12\x19.vmsnap.v1.ListVMsRequest\x1a\x1a.vmsnap.v1.ListVMsResponse\"\x03\x90\x02\x01\x12?\n" +
 	"\x05GetVM\x12\x17.vmsnap.v1.GetVMRequest\x1a\x18.vmsnap.v1.GetVMResponse\"\x03\x90\x02\x01\x12C\n" +
@@ -2317,7 +2495,8 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x06ThawVM\x12\x18.vmsnap.v1.ThawVMRequest\x1a\x19.vmsnap.v1.ThawVMResponse\x12N\n" +
 	"\n" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
-	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse2\xee\b\n" +
+	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse\x12U\n" +
+	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xee\b\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12V\n" +
 	"\fPlanSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a\x1f.vmsnap.v1.PlanSnapshotResponse\"\x03\x90\x02\x01\x12W\n" +
@@ -2351,7 +2530,7 @@ func file_vmsnap_v1_services_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_services_proto_rawDescData
 }
 
-var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*ListVMsRequest)(nil),          // 0: vmsnap.v1.ListVMsRequest
 	(*ListVMsResponse)(nil),         // 1: vmsnap.v1.ListVMsResponse
@@ -2362,148 +2541,154 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*DiagnoseVMResponse)(nil),      // 6: vmsnap.v1.DiagnoseVMResponse
 	(*RepairVMRequest)(nil),         // 7: vmsnap.v1.RepairVMRequest
 	(*RepairVMResponse)(nil),        // 8: vmsnap.v1.RepairVMResponse
-	(*ForgetVMRequest)(nil),         // 9: vmsnap.v1.ForgetVMRequest
-	(*ForgetVMResponse)(nil),        // 10: vmsnap.v1.ForgetVMResponse
-	(*FreezeVMRequest)(nil),         // 11: vmsnap.v1.FreezeVMRequest
-	(*FreezeVMResponse)(nil),        // 12: vmsnap.v1.FreezeVMResponse
-	(*ThawVMRequest)(nil),           // 13: vmsnap.v1.ThawVMRequest
-	(*ThawVMResponse)(nil),          // 14: vmsnap.v1.ThawVMResponse
-	(*CreateSnapshotRequest)(nil),   // 15: vmsnap.v1.CreateSnapshotRequest
-	(*CreateSnapshotResponse)(nil),  // 16: vmsnap.v1.CreateSnapshotResponse
-	(*VerifySnapshotRequest)(nil),   // 17: vmsnap.v1.VerifySnapshotRequest
-	(*VerifySnapshotResponse)(nil),  // 18: vmsnap.v1.VerifySnapshotResponse
-	(*PlanSnapshotResponse)(nil),    // 19: vmsnap.v1.PlanSnapshotResponse
-	(*Plan)(nil),                    // 20: vmsnap.v1.Plan
-	(*PlanMemory)(nil),              // 21: vmsnap.v1.PlanMemory
-	(*PlanDisk)(nil),                // 22: vmsnap.v1.PlanDisk
-	(*ListSnapshotsRequest)(nil),    // 23: vmsnap.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),   // 24: vmsnap.v1.ListSnapshotsResponse
-	(*GetSnapshotRequest)(nil),      // 25: vmsnap.v1.GetSnapshotRequest
-	(*GetSnapshotResponse)(nil),     // 26: vmsnap.v1.GetSnapshotResponse
-	(*RenameSnapshotRequest)(nil),   // 27: vmsnap.v1.RenameSnapshotRequest
-	(*RenameSnapshotResponse)(nil),  // 28: vmsnap.v1.RenameSnapshotResponse
-	(*ListOperationsRequest)(nil),   // 29: vmsnap.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 30: vmsnap.v1.ListOperationsResponse
-	(*GetOperationRequest)(nil),     // 31: vmsnap.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 32: vmsnap.v1.GetOperationResponse
-	(*WatchOperationRequest)(nil),   // 33: vmsnap.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 34: vmsnap.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 35: vmsnap.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 36: vmsnap.v1.CancelOperationResponse
-	nil,                             // 37: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	nil,                             // 38: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	(*VM)(nil),                      // 39: vmsnap.v1.VM
-	(*durationpb.Duration)(nil),     // 40: google.protobuf.Duration
-	(*Freeze)(nil),                  // 41: vmsnap.v1.Freeze
-	(Quiesce)(0),                    // 42: vmsnap.v1.Quiesce
-	(MemoryStrategy)(0),             // 43: vmsnap.v1.MemoryStrategy
-	(*Operation)(nil),               // 44: vmsnap.v1.Operation
-	(*Warning)(nil),                 // 45: vmsnap.v1.Warning
-	(*Error)(nil),                   // 46: vmsnap.v1.Error
-	(Consistency)(0),                // 47: vmsnap.v1.Consistency
-	(*Snapshot)(nil),                // 48: vmsnap.v1.Snapshot
-	(*RestoreSnapshotRequest)(nil),  // 49: vmsnap.v1.RestoreSnapshotRequest
-	(*PreviewSnapshotRequest)(nil),  // 50: vmsnap.v1.PreviewSnapshotRequest
-	(*GetPreviewRequest)(nil),       // 51: vmsnap.v1.GetPreviewRequest
-	(*CommitPreviewRequest)(nil),    // 52: vmsnap.v1.CommitPreviewRequest
-	(*UndoPreviewRequest)(nil),      // 53: vmsnap.v1.UndoPreviewRequest
-	(*ExportSnapshotRequest)(nil),   // 54: vmsnap.v1.ExportSnapshotRequest
-	(*RestoreSnapshotResponse)(nil), // 55: vmsnap.v1.RestoreSnapshotResponse
-	(*PreviewSnapshotResponse)(nil), // 56: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewResponse)(nil),      // 57: vmsnap.v1.GetPreviewResponse
-	(*CommitPreviewResponse)(nil),   // 58: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewResponse)(nil),     // 59: vmsnap.v1.UndoPreviewResponse
-	(*PlanRestoreResponse)(nil),     // 60: vmsnap.v1.PlanRestoreResponse
-	(*ExportSnapshotResponse)(nil),  // 61: vmsnap.v1.ExportSnapshotResponse
+	(*RebuildCatalogRequest)(nil),   // 9: vmsnap.v1.RebuildCatalogRequest
+	(*RebuildCatalogResponse)(nil),  // 10: vmsnap.v1.RebuildCatalogResponse
+	(*RebuiltVM)(nil),               // 11: vmsnap.v1.RebuiltVM
+	(*ForgetVMRequest)(nil),         // 12: vmsnap.v1.ForgetVMRequest
+	(*ForgetVMResponse)(nil),        // 13: vmsnap.v1.ForgetVMResponse
+	(*FreezeVMRequest)(nil),         // 14: vmsnap.v1.FreezeVMRequest
+	(*FreezeVMResponse)(nil),        // 15: vmsnap.v1.FreezeVMResponse
+	(*ThawVMRequest)(nil),           // 16: vmsnap.v1.ThawVMRequest
+	(*ThawVMResponse)(nil),          // 17: vmsnap.v1.ThawVMResponse
+	(*CreateSnapshotRequest)(nil),   // 18: vmsnap.v1.CreateSnapshotRequest
+	(*CreateSnapshotResponse)(nil),  // 19: vmsnap.v1.CreateSnapshotResponse
+	(*VerifySnapshotRequest)(nil),   // 20: vmsnap.v1.VerifySnapshotRequest
+	(*VerifySnapshotResponse)(nil),  // 21: vmsnap.v1.VerifySnapshotResponse
+	(*PlanSnapshotResponse)(nil),    // 22: vmsnap.v1.PlanSnapshotResponse
+	(*Plan)(nil),                    // 23: vmsnap.v1.Plan
+	(*PlanMemory)(nil),              // 24: vmsnap.v1.PlanMemory
+	(*PlanDisk)(nil),                // 25: vmsnap.v1.PlanDisk
+	(*ListSnapshotsRequest)(nil),    // 26: vmsnap.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),   // 27: vmsnap.v1.ListSnapshotsResponse
+	(*GetSnapshotRequest)(nil),      // 28: vmsnap.v1.GetSnapshotRequest
+	(*GetSnapshotResponse)(nil),     // 29: vmsnap.v1.GetSnapshotResponse
+	(*RenameSnapshotRequest)(nil),   // 30: vmsnap.v1.RenameSnapshotRequest
+	(*RenameSnapshotResponse)(nil),  // 31: vmsnap.v1.RenameSnapshotResponse
+	(*ListOperationsRequest)(nil),   // 32: vmsnap.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 33: vmsnap.v1.ListOperationsResponse
+	(*GetOperationRequest)(nil),     // 34: vmsnap.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 35: vmsnap.v1.GetOperationResponse
+	(*WatchOperationRequest)(nil),   // 36: vmsnap.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 37: vmsnap.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 38: vmsnap.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 39: vmsnap.v1.CancelOperationResponse
+	nil,                             // 40: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	nil,                             // 41: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	(*VM)(nil),                      // 42: vmsnap.v1.VM
+	(*durationpb.Duration)(nil),     // 43: google.protobuf.Duration
+	(*Freeze)(nil),                  // 44: vmsnap.v1.Freeze
+	(Quiesce)(0),                    // 45: vmsnap.v1.Quiesce
+	(MemoryStrategy)(0),             // 46: vmsnap.v1.MemoryStrategy
+	(*Operation)(nil),               // 47: vmsnap.v1.Operation
+	(*Warning)(nil),                 // 48: vmsnap.v1.Warning
+	(*Error)(nil),                   // 49: vmsnap.v1.Error
+	(Consistency)(0),                // 50: vmsnap.v1.Consistency
+	(*Snapshot)(nil),                // 51: vmsnap.v1.Snapshot
+	(*RestoreSnapshotRequest)(nil),  // 52: vmsnap.v1.RestoreSnapshotRequest
+	(*PreviewSnapshotRequest)(nil),  // 53: vmsnap.v1.PreviewSnapshotRequest
+	(*GetPreviewRequest)(nil),       // 54: vmsnap.v1.GetPreviewRequest
+	(*CommitPreviewRequest)(nil),    // 55: vmsnap.v1.CommitPreviewRequest
+	(*UndoPreviewRequest)(nil),      // 56: vmsnap.v1.UndoPreviewRequest
+	(*ExportSnapshotRequest)(nil),   // 57: vmsnap.v1.ExportSnapshotRequest
+	(*RestoreSnapshotResponse)(nil), // 58: vmsnap.v1.RestoreSnapshotResponse
+	(*PreviewSnapshotResponse)(nil), // 59: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewResponse)(nil),      // 60: vmsnap.v1.GetPreviewResponse
+	(*CommitPreviewResponse)(nil),   // 61: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewResponse)(nil),     // 62: vmsnap.v1.UndoPreviewResponse
+	(*PlanRestoreResponse)(nil),     // 63: vmsnap.v1.PlanRestoreResponse
+	(*ExportSnapshotResponse)(nil),  // 64: vmsnap.v1.ExportSnapshotResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
-	39, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
-	39, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
+	42, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
+	42, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
 	4,  // 2: vmsnap.v1.DiagnoseVMResponse.findings:type_name -> vmsnap.v1.Finding
 	4,  // 3: vmsnap.v1.RepairVMResponse.findings:type_name -> vmsnap.v1.Finding
-	40, // 4: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
-	40, // 5: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	41, // 6: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
-	40, // 7: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
-	37, // 8: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	42, // 9: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
-	40, // 10: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	40, // 11: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
-	43, // 12: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
-	40, // 13: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
-	44, // 14: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	44, // 15: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	20, // 16: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
-	22, // 17: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
-	45, // 18: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
-	46, // 19: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
-	47, // 20: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
-	40, // 21: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
-	21, // 22: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
-	43, // 23: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	40, // 24: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
-	40, // 25: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
-	38, // 26: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	48, // 27: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
-	48, // 28: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	48, // 29: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	44, // 30: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
-	44, // 31: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	44, // 32: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	44, // 33: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	0,  // 34: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
-	2,  // 35: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
-	9,  // 36: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
-	11, // 37: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
-	13, // 38: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
-	5,  // 39: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
-	7,  // 40: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
-	15, // 41: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	15, // 42: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	23, // 43: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
-	25, // 44: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
-	27, // 45: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
-	17, // 46: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
-	49, // 47: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	50, // 48: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
-	51, // 49: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
-	52, // 50: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
-	53, // 51: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
-	49, // 52: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	54, // 53: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
-	29, // 54: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	31, // 55: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	33, // 56: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	35, // 57: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	1,  // 58: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 59: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	10, // 60: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	12, // 61: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	14, // 62: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	6,  // 63: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 64: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	16, // 65: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	19, // 66: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	24, // 67: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	26, // 68: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	28, // 69: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	18, // 70: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	55, // 71: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	56, // 72: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
-	57, // 73: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
-	58, // 74: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
-	59, // 75: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
-	60, // 76: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	61, // 77: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	30, // 78: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	32, // 79: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	34, // 80: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	36, // 81: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	58, // [58:82] is the sub-list for method output_type
-	34, // [34:58] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	11, // 4: vmsnap.v1.RebuildCatalogResponse.vms:type_name -> vmsnap.v1.RebuiltVM
+	43, // 5: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
+	43, // 6: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	44, // 7: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
+	43, // 8: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
+	40, // 9: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	45, // 10: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
+	43, // 11: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	43, // 12: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
+	46, // 13: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
+	43, // 14: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
+	47, // 15: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	47, // 16: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	23, // 17: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
+	25, // 18: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
+	48, // 19: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
+	49, // 20: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
+	50, // 21: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
+	43, // 22: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
+	24, // 23: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
+	46, // 24: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	43, // 25: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
+	43, // 26: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
+	41, // 27: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	51, // 28: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
+	51, // 29: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	51, // 30: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	47, // 31: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
+	47, // 32: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	47, // 33: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	47, // 34: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	0,  // 35: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
+	2,  // 36: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
+	12, // 37: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
+	14, // 38: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
+	16, // 39: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
+	5,  // 40: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
+	7,  // 41: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
+	9,  // 42: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
+	18, // 43: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	18, // 44: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	26, // 45: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
+	28, // 46: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
+	30, // 47: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
+	20, // 48: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
+	52, // 49: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	53, // 50: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
+	54, // 51: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
+	55, // 52: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
+	56, // 53: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
+	52, // 54: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	57, // 55: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
+	32, // 56: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	34, // 57: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	36, // 58: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	38, // 59: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	1,  // 60: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 61: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	13, // 62: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	15, // 63: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	17, // 64: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	6,  // 65: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 66: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	10, // 67: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
+	19, // 68: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	22, // 69: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	27, // 70: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	29, // 71: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	31, // 72: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	21, // 73: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	58, // 74: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	59, // 75: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	60, // 76: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	61, // 77: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	62, // 78: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	63, // 79: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	64, // 80: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	33, // 81: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	35, // 82: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	37, // 83: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	39, // 84: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	60, // [60:85] is the sub-list for method output_type
+	35, // [35:60] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_services_proto_init() }
@@ -2520,7 +2705,7 @@ func file_vmsnap_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_services_proto_rawDesc), len(file_vmsnap_v1_services_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   39,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

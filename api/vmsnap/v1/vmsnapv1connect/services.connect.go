@@ -51,6 +51,9 @@ const (
 	VMServiceDiagnoseVMProcedure = "/vmsnap.v1.VMService/DiagnoseVM"
 	// VMServiceRepairVMProcedure is the fully-qualified name of the VMService's RepairVM RPC.
 	VMServiceRepairVMProcedure = "/vmsnap.v1.VMService/RepairVM"
+	// VMServiceRebuildCatalogProcedure is the fully-qualified name of the VMService's RebuildCatalog
+	// RPC.
+	VMServiceRebuildCatalogProcedure = "/vmsnap.v1.VMService/RebuildCatalog"
 	// SnapshotServiceCreateSnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// CreateSnapshot RPC.
 	SnapshotServiceCreateSnapshotProcedure = "/vmsnap.v1.SnapshotService/CreateSnapshot"
@@ -121,6 +124,9 @@ type VMServiceClient interface {
 	// RepairVM puts right what it can of what DiagnoseVM finds. It returns when the
 	// operation that does so has ended.
 	RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error)
+	// RebuildCatalog enters the VMs into the catalog that it has lost, from the
+	// manifests beside their layers. VMs whose snapshots are known are left alone.
+	RebuildCatalog(context.Context, *connect.Request[v1.RebuildCatalogRequest]) (*connect.Response[v1.RebuildCatalogResponse], error)
 }
 
 // NewVMServiceClient constructs a client for the vmsnap.v1.VMService service. By default, it uses
@@ -179,18 +185,25 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("RepairVM")),
 			connect.WithClientOptions(opts...),
 		),
+		rebuildCatalog: connect.NewClient[v1.RebuildCatalogRequest, v1.RebuildCatalogResponse](
+			httpClient,
+			baseURL+VMServiceRebuildCatalogProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("RebuildCatalog")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // vMServiceClient implements VMServiceClient.
 type vMServiceClient struct {
-	listVMs    *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
-	getVM      *connect.Client[v1.GetVMRequest, v1.GetVMResponse]
-	forgetVM   *connect.Client[v1.ForgetVMRequest, v1.ForgetVMResponse]
-	freezeVM   *connect.Client[v1.FreezeVMRequest, v1.FreezeVMResponse]
-	thawVM     *connect.Client[v1.ThawVMRequest, v1.ThawVMResponse]
-	diagnoseVM *connect.Client[v1.DiagnoseVMRequest, v1.DiagnoseVMResponse]
-	repairVM   *connect.Client[v1.RepairVMRequest, v1.RepairVMResponse]
+	listVMs        *connect.Client[v1.ListVMsRequest, v1.ListVMsResponse]
+	getVM          *connect.Client[v1.GetVMRequest, v1.GetVMResponse]
+	forgetVM       *connect.Client[v1.ForgetVMRequest, v1.ForgetVMResponse]
+	freezeVM       *connect.Client[v1.FreezeVMRequest, v1.FreezeVMResponse]
+	thawVM         *connect.Client[v1.ThawVMRequest, v1.ThawVMResponse]
+	diagnoseVM     *connect.Client[v1.DiagnoseVMRequest, v1.DiagnoseVMResponse]
+	repairVM       *connect.Client[v1.RepairVMRequest, v1.RepairVMResponse]
+	rebuildCatalog *connect.Client[v1.RebuildCatalogRequest, v1.RebuildCatalogResponse]
 }
 
 // ListVMs calls vmsnap.v1.VMService.ListVMs.
@@ -228,6 +241,11 @@ func (c *vMServiceClient) RepairVM(ctx context.Context, req *connect.Request[v1.
 	return c.repairVM.CallUnary(ctx, req)
 }
 
+// RebuildCatalog calls vmsnap.v1.VMService.RebuildCatalog.
+func (c *vMServiceClient) RebuildCatalog(ctx context.Context, req *connect.Request[v1.RebuildCatalogRequest]) (*connect.Response[v1.RebuildCatalogResponse], error) {
+	return c.rebuildCatalog.CallUnary(ctx, req)
+}
+
 // VMServiceHandler is an implementation of the vmsnap.v1.VMService service.
 type VMServiceHandler interface {
 	ListVMs(context.Context, *connect.Request[v1.ListVMsRequest]) (*connect.Response[v1.ListVMsResponse], error)
@@ -245,6 +263,9 @@ type VMServiceHandler interface {
 	// RepairVM puts right what it can of what DiagnoseVM finds. It returns when the
 	// operation that does so has ended.
 	RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error)
+	// RebuildCatalog enters the VMs into the catalog that it has lost, from the
+	// manifests beside their layers. VMs whose snapshots are known are left alone.
+	RebuildCatalog(context.Context, *connect.Request[v1.RebuildCatalogRequest]) (*connect.Response[v1.RebuildCatalogResponse], error)
 }
 
 // NewVMServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -299,6 +320,12 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("RepairVM")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceRebuildCatalogHandler := connect.NewUnaryHandler(
+		VMServiceRebuildCatalogProcedure,
+		svc.RebuildCatalog,
+		connect.WithSchema(vMServiceMethods.ByName("RebuildCatalog")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/vmsnap.v1.VMService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case VMServiceListVMsProcedure:
@@ -315,6 +342,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceDiagnoseVMHandler.ServeHTTP(w, r)
 		case VMServiceRepairVMProcedure:
 			vMServiceRepairVMHandler.ServeHTTP(w, r)
+		case VMServiceRebuildCatalogProcedure:
+			vMServiceRebuildCatalogHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -350,6 +379,10 @@ func (UnimplementedVMServiceHandler) DiagnoseVM(context.Context, *connect.Reques
 
 func (UnimplementedVMServiceHandler) RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.RepairVM is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) RebuildCatalog(context.Context, *connect.Request[v1.RebuildCatalogRequest]) (*connect.Response[v1.RebuildCatalogResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.RebuildCatalog is not implemented"))
 }
 
 // SnapshotServiceClient is a client for the vmsnap.v1.SnapshotService service.

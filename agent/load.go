@@ -57,13 +57,25 @@ func (a *Agent) requeue(ctx context.Context, v *vm, rec op.Record) error {
 
 // recipeOf makes the recipe of an operation again, from its request.
 func (a *Agent) recipeOf(v *vm, rec op.Record) (op.Recipe, error) {
+	if rec.Kind == op.KindGroup {
+		var req GroupRequest
+		if err := json.Unmarshal(rec.Request, &req); err != nil {
+			return nil, fmt.Errorf("the request of operation %s: %w", rec.ID, err)
+		}
+		req.RequestID, req.UID = rec.RequestID, rec.UID
+		return a.groupRecipe(req), nil
+	}
+	nothing := fault.New(fault.Failed, "vmsnapd was stopped before operation %s began; nothing was done", rec.ID).
+		WithHint("ask for it again")
 	if rec.Kind != op.KindSnapshot || v == nil {
-		return nil, fault.New(fault.Failed, "vmsnapd was stopped before operation %s began; nothing was done", rec.ID).
-			WithHint("ask for it again")
+		return nil, nothing
 	}
 	var req SnapshotRequest
 	if err := json.Unmarshal(rec.Request, &req); err != nil {
 		return nil, fmt.Errorf("the request of operation %s: %w", rec.ID, err)
+	}
+	if req.Group != nil {
+		return nil, nothing // the others of its group are not there any more
 	}
 	req.RequestID, req.UID = rec.RequestID, rec.UID
 	return a.snapshotRecipe(v, req), nil

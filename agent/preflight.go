@@ -44,6 +44,8 @@ const (
 	warnResets             = "reset-does-not-end"
 	warnHook               = "hook-failed"
 	warnLeftBehind         = "left-behind"
+	warnMember             = "vm-dropped"
+	warnSkew               = "skew-exceeded"
 )
 
 // overlayReserve is what must be free where an overlay is made: its metadata

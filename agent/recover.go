@@ -132,6 +132,9 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return err
 	}
 	a.recoverHooks(ctx, o, entries) // the guest is thawed
+	if rec.Kind == op.KindGroup {
+		return a.recoverGroup(ctx, rec)
+	}
 	if v == nil || rec.Kind == op.KindFreeze {
 		return interrupted // the lease has been dealt with already
 	}
@@ -181,6 +184,11 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	if c.memory != nil {
 		return c.recoverMemory(ctx, last, sent)
 	}
+	if c.discarded {
+		c.done = true
+		o.RevertAtLength("merge the overlays back", c.mergeBack)
+		return interrupted
+	}
 	if !sent {
 		return errors.Join(o.Step(ctx, "take back", c.takeBack), interrupted)
 	}
@@ -229,6 +237,9 @@ func (c *cut) load(ctx context.Context, rec op.Record, entries []op.Entry) (p pr
 		return p, false, err
 	}
 	c.hooks.choose(c.req)
+	if g := c.req.Group; g != nil {
+		c.groupCut = &catalog.GroupCut{Operation: g.Operation, Name: g.Name} // nobody knows the skew any more
+	}
 	c.req.UID, c.hooks.in.Operation.UID, c.hooks.in.Recovered = rec.UID, rec.UID, true
 	c.quiesce = catalog.Quiesce{Requested: string(c.req.Quiesce), Reason: "vmsnapd ended before the guest confirmed that it was frozen at the cut"}
 	for _, e := range entries {
@@ -243,6 +254,8 @@ func (c *cut) load(ctx context.Context, rec op.Record, entries []op.Entry) (p pr
 			if e.Kind == entryCut {
 				sent, c.cutAt = true, e.Time
 			}
+		case entryDiscard:
+			c.discarded = true
 		case entryThawed:
 			if err := json.Unmarshal(e.Data, &c.quiesce); err != nil {
 				return p, false, err

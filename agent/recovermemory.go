@@ -25,7 +25,9 @@ func (c *cut) loadMemory(entries []op.Entry) error {
 			c.memory = m
 			m.tracked = e.Kind == entryTracked
 		case entryDiscard:
-			c.memory.discarded = true
+			if c.memory != nil { // else it was a member's of a group
+				c.memory.discarded = true
+			}
 		}
 	}
 	if c.memory == nil {

@@ -33,18 +33,25 @@ func (a *Agent) CreateSnapshot(ctx context.Context, req SnapshotRequest) (op.Rec
 // snapshotRecipe is the recipe of a request that was checked.
 func (a *Agent) snapshotRecipe(v *vm, req SnapshotRequest) op.Recipe {
 	return func(ctx context.Context, o *op.Op) error {
-		v.changing.Lock()
-		o.Cleanup(func() {
-			v.changing.Unlock()
-			a.lookAgain(context.WithoutCancel(ctx), v)
-		})
-		return a.snapshot(ctx, o, v, req)
+		v.change(ctx, a, o)
+		return a.snapshot(ctx, o, v, req, nil)
 	}
 }
 
-// snapshot is the recipe. It runs alone on its VM.
-func (a *Agent) snapshot(ctx context.Context, o *op.Op, v *vm, req SnapshotRequest) error {
-	c := &cut{Agent: a, o: o, vm: v, req: req, quiesce: catalog.Quiesce{Requested: string(req.Quiesce)}}
+// change keeps others from taking the VM's disks as they are meanwhile for what
+// they will be.
+func (v *vm) change(ctx context.Context, a *Agent, o *op.Op) {
+	v.changing.Lock()
+	o.Cleanup(func() {
+		v.changing.Unlock()
+		a.lookAgain(context.WithoutCancel(ctx), v)
+	})
+}
+
+// snapshot is the recipe. It runs alone on its VM, or m keeps it together with
+// those of a group.
+func (a *Agent) snapshot(ctx context.Context, o *op.Op, v *vm, req SnapshotRequest, m *member) error {
+	c := &cut{Agent: a, o: o, vm: v, req: req, member: m, quiesce: catalog.Quiesce{Requested: string(req.Quiesce)}}
 	if req.Name == "" {
 		c.req.Name = generatedName(time.Now(), o.ID())
 	}
@@ -66,6 +73,10 @@ func (a *Agent) snapshot(ctx context.Context, o *op.Op, v *vm, req SnapshotReque
 	}
 	c.run, c.disks, c.excluded, c.partial, c.memory = p.run, p.disks, p.excluded, p.partial, p.memory
 	c.hooked()
+	if !p.live && m != nil {
+		return fault.New(fault.Unsupported, "VM %s is stopped, and a group is cut of VMs that run", v.name()).
+			WithHint("leave it out, or take the others with --best-effort")
+	}
 	if !p.live {
 		return c.takeStopped(ctx, p.plan.Consistency == catalog.Offline)
 	}
@@ -93,6 +104,9 @@ type cut struct {
 	launch    *launchGuard  // from before the transaction until the launch paths are right
 	memory    *memory       // nil when memory is not saved
 	hooks     *hooks
+	member    *member           // nil when it is not taken together with others
+	groupCut  *catalog.GroupCut // what the group came to
+	discarded bool              // an earlier agent had begun to merge it back
 	taken     *catalog.Snapshot // once it is in the catalog
 	done      bool              // the transaction took place
 	settled   bool              // for good
@@ -124,10 +138,12 @@ func (c *cut) take(ctx context.Context, cannotFreeze string) error {
 	c.o.Plan(c.steps(cannotFreeze))
 	err := c.toCut(ctx, cannotFreeze)
 	if !c.done {
+		c.member.drop(err)
 		return c.beforeReverts(ctx, err)
 	}
 	// The cut has happened, and the guest is thawed whatever comes next.
 	whole := context.WithoutCancel(ctx)
+	c.joinThaw(whole)
 	if c.guard != nil {
 		thaw := c.o.Step(whole, "thaw", c.thawGuest)
 		if err = errors.Join(err, thaw); thaw != nil {
@@ -135,6 +151,9 @@ func (c *cut) take(ctx context.Context, cannotFreeze string) error {
 		}
 	}
 	defer c.hooks.after(whole) // when it has not come to where they belong
+	if err == nil {
+		err = c.joinEnd(whole)
+	}
 	switch {
 	case err != nil:
 		return err
@@ -184,10 +203,16 @@ func (c *cut) toCut(ctx context.Context, cannotFreeze string) error {
 			return err
 		}
 	}
+	if err := c.joinFreeze(ctx); err != nil {
+		return err
+	}
 	if c.guard != nil {
 		if err := c.o.Step(ctx, "freeze", c.freezeGuest); err != nil {
 			return err
 		}
+	}
+	if err := c.joinCut(ctx); err != nil {
+		return err
 	}
 	if c.memory != nil {
 		return c.o.Step(ctx, "cut", c.transactWithMemory)
@@ -322,8 +347,10 @@ func (c *cut) unfrozen(ctx context.Context, err error) error {
 func (c *cut) freezeGuest(ctx context.Context) error {
 	// The intent of the cut is durable before the guest is frozen, so that
 	// nothing has to reach the disk while it is.
-	if err := c.announce(ctx); err != nil {
-		return err
+	if c.member == nil { // else it is
+		if err := c.announce(ctx); err != nil {
+			return err
+		}
 	}
 	c.o.Revert("thaw the guest", c.release) // before anything else is reverted
 	frozen, err := c.guard.Freeze(ctx)
@@ -361,7 +388,7 @@ func (c *cut) announce(ctx context.Context) error {
 // something the guest was told is on disk. For a guest that is not frozen the
 // launch guard closes the gap.
 func (c *cut) transact(ctx context.Context) error {
-	if c.guard == nil {
+	if c.guard == nil && c.member == nil {
 		if err := c.announce(ctx); err != nil {
 			return err
 		}
@@ -396,8 +423,10 @@ func (c *cut) send(ctx context.Context) error {
 			return err
 		}
 	}
+	c.member.transaction(c.cutAt, time.Now())
 	c.done = true
 	c.o.DropReverts()
+	c.revertable()
 	if c.memory != nil {
 		c.o.RevertAtLength("merge the overlays back", c.mergeBack)
 		c.o.RevertAtLength("discard the memory", c.discardMemory)

@@ -140,6 +140,8 @@ type SnapshotRequest struct {
 	RequestID     string `json:"-"`
 	UID           uint32 `json:"-"`
 
+	Group *Group `json:",omitempty"` // that it is a part of
+
 	// What only a profile says.
 	DiskPatterns    []string `json:",omitempty"`
 	ExcludePatterns []string `json:",omitempty"`

@@ -216,7 +216,7 @@ func TestFullDiskLosesNothingAcknowledged(t *testing.T) {
 
 func TestFullDiskAtOpen(t *testing.T) {
 	mount := t.TempDir()
-	check(t, unix.Mount("tmpfs", mount, "tmpfs", 0, "size=256k,mode=0700"))
+	check(t, unix.Mount("tmpfs", mount, "tmpfs", 0, "size=512k,mode=0700"))
 	t.Cleanup(func() { check(t, unix.Unmount(mount, 0)) })
 	release := fill(t, mount)
 	_, err := Open(t.Context(), mount, hclog.NewNullLogger())

@@ -11,7 +11,7 @@ import (
 
 const snapshotColumns = `id, vm, vm_name, name, description, labels, created, consistency,
 	quiesce_requested, quiesce_reason, quiesce_frozen, quiesce_total, freeze_window,
-	warnings, operation, config, partial, memory, automatic`
+	warnings, operation, config, partial, memory, automatic, group_cut`
 
 // selectSnapshot selects snapshotColumns and the disks as JSON, so that one
 // statement tells a snapshot whole.
@@ -25,7 +25,7 @@ func scanSnapshot(row scanner) (Snapshot, error) {
 	var s Snapshot
 	err := row.Scan(&s.ID, &s.VMID, &s.VMName, &s.Name, &s.Description, jsonColumn{&s.Labels}, timeColumn{&s.Created}, &s.Consistency,
 		&s.Quiesce.Requested, &s.Quiesce.Reason, &s.Quiesce.Frozen, &s.Quiesce.Total, &s.Quiesce.Window,
-		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, &s.Automatic, diskColumn{&s.Disks})
+		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, &s.Automatic, jsonColumn{&s.Group}, diskColumn{&s.Disks})
 	return s, err
 }
 
@@ -105,10 +105,14 @@ func (tx *Tx) insertSnapshot(ctx context.Context, s Snapshot) error {
 	if err != nil {
 		return err
 	}
-	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+	group, err := jsonText(s.Group)
+	if err != nil {
+		return err
+	}
+	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		s.ID, s.VMID, s.VMName, s.Name, s.Description, labels, nanos(s.Created), s.Consistency,
 		s.Quiesce.Requested, s.Quiesce.Reason, s.Quiesce.Frozen, s.Quiesce.Total, int64(s.Quiesce.Window),
-		warnings, s.Operation, string(s.Config), s.Partial, memory, s.Automatic)
+		warnings, s.Operation, string(s.Config), s.Partial, memory, s.Automatic, group)
 	if err != nil {
 		return err
 	}

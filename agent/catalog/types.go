@@ -80,7 +80,16 @@ type Snapshot struct {
 	Config      json.RawMessage // the VM's configuration at the cut
 	Partial     bool            // a disk that was asked for dropped out
 	Memory      *SavedMemory    // nil when memory was not saved
+	Group       *GroupCut       // nil when it was taken by itself
 	Automatic   bool            // taken by a restore, of the state before
+}
+
+// GroupCut is what the snapshots of a group have in common.
+type GroupCut struct {
+	Operation string        `json:"operation"`
+	Name      string        `json:"name"`
+	Members   int           `json:"members"` // VMs that were asked for
+	Skew      time.Duration `json:"skew"`    // the cuts lie no further apart
 }
 
 // SavedMemory is the file that holds a guest's memory of the cut's instant.

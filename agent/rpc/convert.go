@@ -202,6 +202,7 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		OperationId: text(s.Operation),
 		Partial:     s.Partial,
 		Memory:      memoryProto(s.Memory),
+		Group:       groupProto(s.Group),
 		Automatic:   s.Automatic,
 		Space:       snapshotSpaceProto(s.Space),
 		Position:    positionProto(s.Position),

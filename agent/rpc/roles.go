@@ -58,6 +58,7 @@ var needed = map[string]Role{
 	vmsnapv1connect.SnapshotServiceListSnapshotsProcedure:  Viewer,
 	vmsnapv1connect.SnapshotServiceGetSnapshotProcedure:    Viewer,
 	vmsnapv1connect.SnapshotServiceCreateSnapshotProcedure: Operator,
+	vmsnapv1connect.SnapshotServiceCreateGroupProcedure:    Operator,
 	// A plan changes nothing, but it talks to the guest.
 	vmsnapv1connect.SnapshotServicePlanSnapshotProcedure:   Operator,
 	vmsnapv1connect.SnapshotServiceRenameSnapshotProcedure: Operator,

@@ -25,6 +25,7 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 		"Consistency", word(s.GetConsistency()),
 		"Partial", partial,
 		"Parent", s.GetPosition().GetParentId(),
+		"Group", groupText(s.GetGroup()),
 		"Quiesce", quiesceText(s.GetQuiesce()),
 		"Memory", memoryText(s.GetMemory()),
 		"Memory file", s.GetMemory().GetPath(),

@@ -17,7 +17,7 @@ func (a *app) snapshot() *cobra.Command {
 	return a.group(&cobra.Command{
 		Use:   "snapshot",
 		Short: "Take, show, restore, export, verify and rename snapshots",
-	}, a.snapshotCreate(), a.snapshotList(), a.snapshotShow(), a.snapshotRestore(), a.snapshotPreview(), a.snapshotExport(), a.snapshotVerify(), a.snapshotRename())
+	}, a.snapshotCreate(), a.snapshotCreateGroup(), a.snapshotList(), a.snapshotShow(), a.snapshotRestore(), a.snapshotPreview(), a.snapshotExport(), a.snapshotVerify(), a.snapshotRename())
 }
 
 func (a *app) snapshotList() *cobra.Command {

@@ -202,6 +202,11 @@ func (b *Backend) PlanSnapshot(ctx context.Context, req agent.SnapshotRequest) (
 	return SamplePlan(req), nil
 }
 
+// CreateGroup is refused: it takes real VMs.
+func (b *Backend) CreateGroup(context.Context, agent.GroupRequest) (op.Record, error) {
+	return op.Record{}, fault.New(fault.Unsupported, "this backend has no groups")
+}
+
 // CreateSnapshot is an error unless it is scripted.
 func (b *Backend) CreateSnapshot(ctx context.Context, req agent.SnapshotRequest) (op.Record, error) {
 	if f := b.scripted().Create; f != nil {

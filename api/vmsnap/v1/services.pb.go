@@ -1217,6 +1217,140 @@ func (x *CreateSnapshotResponse) GetOperation() *Operation {
 	return nil
 }
 
+type CreateGroupRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the group, and of each of its snapshots. They have the label "group" too.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The guests are frozen in this order and thawed in reverse. 2 to 64.
+	Vms []string `protobuf:"bytes,2,rep,name=vms,proto3" json:"vms,omitempty"`
+	// A VM that fails drops out instead of failing the group.
+	BestEffort bool `protobuf:"varint,3,opt,name=best_effort,json=bestEffort,proto3" json:"best_effort,omitempty"`
+	// Warn, and be partial, when the cuts lie further apart. Default 1 s.
+	MaxSkew *durationpb.Duration `protobuf:"bytes,4,opt,name=max_skew,json=maxSkew,proto3" json:"max_skew,omitempty"`
+	// The options of the snapshots. vm, name, request_id and memory must be empty.
+	Options *CreateSnapshotRequest `protobuf:"bytes,5,opt,name=options,proto3" json:"options,omitempty"`
+	// Makes a repeated request return the first one's operation. Kept 30 days.
+	RequestId     string `protobuf:"bytes,6,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateGroupRequest) Reset() {
+	*x = CreateGroupRequest{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateGroupRequest) ProtoMessage() {}
+
+func (x *CreateGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateGroupRequest.ProtoReflect.Descriptor instead.
+func (*CreateGroupRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *CreateGroupRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateGroupRequest) GetVms() []string {
+	if x != nil {
+		return x.Vms
+	}
+	return nil
+}
+
+func (x *CreateGroupRequest) GetBestEffort() bool {
+	if x != nil {
+		return x.BestEffort
+	}
+	return false
+}
+
+func (x *CreateGroupRequest) GetMaxSkew() *durationpb.Duration {
+	if x != nil {
+		return x.MaxSkew
+	}
+	return nil
+}
+
+func (x *CreateGroupRequest) GetOptions() *CreateSnapshotRequest {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+func (x *CreateGroupRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type CreateGroupResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateGroupResponse) Reset() {
+	*x = CreateGroupResponse{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateGroupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateGroupResponse) ProtoMessage() {}
+
+func (x *CreateGroupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateGroupResponse.ProtoReflect.Descriptor instead.
+func (*CreateGroupResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *CreateGroupResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
 type VerifySnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// VM/NAME or id.
@@ -1227,7 +1361,7 @@ type VerifySnapshotRequest struct {
 
 func (x *VerifySnapshotRequest) Reset() {
 	*x = VerifySnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1239,7 +1373,7 @@ func (x *VerifySnapshotRequest) String() string {
 func (*VerifySnapshotRequest) ProtoMessage() {}
 
 func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1252,7 +1386,7 @@ func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifySnapshotRequest.ProtoReflect.Descriptor instead.
 func (*VerifySnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *VerifySnapshotRequest) GetSnapshot() string {
@@ -1271,7 +1405,7 @@ type VerifySnapshotResponse struct {
 
 func (x *VerifySnapshotResponse) Reset() {
 	*x = VerifySnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1283,7 +1417,7 @@ func (x *VerifySnapshotResponse) String() string {
 func (*VerifySnapshotResponse) ProtoMessage() {}
 
 func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1296,7 +1430,7 @@ func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifySnapshotResponse.ProtoReflect.Descriptor instead.
 func (*VerifySnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *VerifySnapshotResponse) GetOperation() *Operation {
@@ -1315,7 +1449,7 @@ type PlanSnapshotResponse struct {
 
 func (x *PlanSnapshotResponse) Reset() {
 	*x = PlanSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1327,7 +1461,7 @@ func (x *PlanSnapshotResponse) String() string {
 func (*PlanSnapshotResponse) ProtoMessage() {}
 
 func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1340,7 +1474,7 @@ func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*PlanSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PlanSnapshotResponse) GetPlan() *Plan {
@@ -1373,7 +1507,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1385,7 +1519,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1398,7 +1532,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Plan) GetVmName() string {
@@ -1489,7 +1623,7 @@ type PlanMemory struct {
 
 func (x *PlanMemory) Reset() {
 	*x = PlanMemory{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1501,7 +1635,7 @@ func (x *PlanMemory) String() string {
 func (*PlanMemory) ProtoMessage() {}
 
 func (x *PlanMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1514,7 +1648,7 @@ func (x *PlanMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanMemory.ProtoReflect.Descriptor instead.
 func (*PlanMemory) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PlanMemory) GetStrategy() MemoryStrategy {
@@ -1603,7 +1737,7 @@ type PlanDisk struct {
 
 func (x *PlanDisk) Reset() {
 	*x = PlanDisk{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1615,7 +1749,7 @@ func (x *PlanDisk) String() string {
 func (*PlanDisk) ProtoMessage() {}
 
 func (x *PlanDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1628,7 +1762,7 @@ func (x *PlanDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanDisk.ProtoReflect.Descriptor instead.
 func (*PlanDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PlanDisk) GetDevice() string {
@@ -1685,7 +1819,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1697,7 +1831,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1710,7 +1844,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListSnapshotsRequest) GetVm() string {
@@ -1736,7 +1870,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1748,7 +1882,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1761,7 +1895,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1780,7 +1914,7 @@ type GetSnapshotRequest struct {
 
 func (x *GetSnapshotRequest) Reset() {
 	*x = GetSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1792,7 +1926,7 @@ func (x *GetSnapshotRequest) String() string {
 func (*GetSnapshotRequest) ProtoMessage() {}
 
 func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1805,7 +1939,7 @@ func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*GetSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GetSnapshotRequest) GetSnapshot() string {
@@ -1824,7 +1958,7 @@ type GetSnapshotResponse struct {
 
 func (x *GetSnapshotResponse) Reset() {
 	*x = GetSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1836,7 +1970,7 @@ func (x *GetSnapshotResponse) String() string {
 func (*GetSnapshotResponse) ProtoMessage() {}
 
 func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1849,7 +1983,7 @@ func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*GetSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{29}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *GetSnapshotResponse) GetSnapshot() *Snapshot {
@@ -1869,7 +2003,7 @@ type RenameSnapshotRequest struct {
 
 func (x *RenameSnapshotRequest) Reset() {
 	*x = RenameSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1881,7 +2015,7 @@ func (x *RenameSnapshotRequest) String() string {
 func (*RenameSnapshotRequest) ProtoMessage() {}
 
 func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1894,7 +2028,7 @@ func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{30}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RenameSnapshotRequest) GetSnapshot() string {
@@ -1920,7 +2054,7 @@ type RenameSnapshotResponse struct {
 
 func (x *RenameSnapshotResponse) Reset() {
 	*x = RenameSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1932,7 +2066,7 @@ func (x *RenameSnapshotResponse) String() string {
 func (*RenameSnapshotResponse) ProtoMessage() {}
 
 func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1945,7 +2079,7 @@ func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{31}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RenameSnapshotResponse) GetSnapshot() *Snapshot {
@@ -1968,7 +2102,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1980,7 +2114,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1993,7 +2127,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{32}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListOperationsRequest) GetVm() string {
@@ -2026,7 +2160,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2038,7 +2172,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2051,7 +2185,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{33}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -2070,7 +2204,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2082,7 +2216,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2095,7 +2229,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{34}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -2114,7 +2248,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2126,7 +2260,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2139,7 +2273,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{35}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -2158,7 +2292,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2170,7 +2304,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2183,7 +2317,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{36}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -2202,7 +2336,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2214,7 +2348,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2227,7 +2361,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{37}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -2246,7 +2380,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2258,7 +2392,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2271,7 +2405,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{38}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -2290,7 +2424,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2302,7 +2436,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2315,7 +2449,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{39}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -2412,6 +2546,17 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"L\n" +
 	"\x16CreateSnapshotResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"\xec\x01\n" +
+	"\x12CreateGroupRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03vms\x18\x02 \x03(\tR\x03vms\x12\x1f\n" +
+	"\vbest_effort\x18\x03 \x01(\bR\n" +
+	"bestEffort\x124\n" +
+	"\bmax_skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\amaxSkew\x12:\n" +
+	"\aoptions\x18\x05 \x01(\v2 .vmsnap.v1.CreateSnapshotRequestR\aoptions\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x06 \x01(\tR\trequestId\"I\n" +
+	"\x13CreateGroupResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"3\n" +
 	"\x15VerifySnapshotRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\"L\n" +
@@ -2496,9 +2641,10 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\n" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse\x12U\n" +
-	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xee\b\n" +
+	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xbc\t\n" +
 	"\x0fSnapshotService\x12U\n" +
-	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12V\n" +
+	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12L\n" +
+	"\vCreateGroup\x12\x1d.vmsnap.v1.CreateGroupRequest\x1a\x1e.vmsnap.v1.CreateGroupResponse\x12V\n" +
 	"\fPlanSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a\x1f.vmsnap.v1.PlanSnapshotResponse\"\x03\x90\x02\x01\x12W\n" +
 	"\rListSnapshots\x12\x1f.vmsnap.v1.ListSnapshotsRequest\x1a .vmsnap.v1.ListSnapshotsResponse\"\x03\x90\x02\x01\x12Q\n" +
 	"\vGetSnapshot\x12\x1d.vmsnap.v1.GetSnapshotRequest\x1a\x1e.vmsnap.v1.GetSnapshotResponse\"\x03\x90\x02\x01\x12U\n" +
@@ -2530,7 +2676,7 @@ func file_vmsnap_v1_services_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_services_proto_rawDescData
 }
 
-var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*ListVMsRequest)(nil),          // 0: vmsnap.v1.ListVMsRequest
 	(*ListVMsResponse)(nil),         // 1: vmsnap.v1.ListVMsResponse
@@ -2552,143 +2698,150 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*ThawVMResponse)(nil),          // 17: vmsnap.v1.ThawVMResponse
 	(*CreateSnapshotRequest)(nil),   // 18: vmsnap.v1.CreateSnapshotRequest
 	(*CreateSnapshotResponse)(nil),  // 19: vmsnap.v1.CreateSnapshotResponse
-	(*VerifySnapshotRequest)(nil),   // 20: vmsnap.v1.VerifySnapshotRequest
-	(*VerifySnapshotResponse)(nil),  // 21: vmsnap.v1.VerifySnapshotResponse
-	(*PlanSnapshotResponse)(nil),    // 22: vmsnap.v1.PlanSnapshotResponse
-	(*Plan)(nil),                    // 23: vmsnap.v1.Plan
-	(*PlanMemory)(nil),              // 24: vmsnap.v1.PlanMemory
-	(*PlanDisk)(nil),                // 25: vmsnap.v1.PlanDisk
-	(*ListSnapshotsRequest)(nil),    // 26: vmsnap.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),   // 27: vmsnap.v1.ListSnapshotsResponse
-	(*GetSnapshotRequest)(nil),      // 28: vmsnap.v1.GetSnapshotRequest
-	(*GetSnapshotResponse)(nil),     // 29: vmsnap.v1.GetSnapshotResponse
-	(*RenameSnapshotRequest)(nil),   // 30: vmsnap.v1.RenameSnapshotRequest
-	(*RenameSnapshotResponse)(nil),  // 31: vmsnap.v1.RenameSnapshotResponse
-	(*ListOperationsRequest)(nil),   // 32: vmsnap.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 33: vmsnap.v1.ListOperationsResponse
-	(*GetOperationRequest)(nil),     // 34: vmsnap.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 35: vmsnap.v1.GetOperationResponse
-	(*WatchOperationRequest)(nil),   // 36: vmsnap.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 37: vmsnap.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 38: vmsnap.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 39: vmsnap.v1.CancelOperationResponse
-	nil,                             // 40: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	nil,                             // 41: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	(*VM)(nil),                      // 42: vmsnap.v1.VM
-	(*durationpb.Duration)(nil),     // 43: google.protobuf.Duration
-	(*Freeze)(nil),                  // 44: vmsnap.v1.Freeze
-	(Quiesce)(0),                    // 45: vmsnap.v1.Quiesce
-	(MemoryStrategy)(0),             // 46: vmsnap.v1.MemoryStrategy
-	(*Operation)(nil),               // 47: vmsnap.v1.Operation
-	(*Warning)(nil),                 // 48: vmsnap.v1.Warning
-	(*Error)(nil),                   // 49: vmsnap.v1.Error
-	(Consistency)(0),                // 50: vmsnap.v1.Consistency
-	(*Snapshot)(nil),                // 51: vmsnap.v1.Snapshot
-	(*RestoreSnapshotRequest)(nil),  // 52: vmsnap.v1.RestoreSnapshotRequest
-	(*PreviewSnapshotRequest)(nil),  // 53: vmsnap.v1.PreviewSnapshotRequest
-	(*GetPreviewRequest)(nil),       // 54: vmsnap.v1.GetPreviewRequest
-	(*CommitPreviewRequest)(nil),    // 55: vmsnap.v1.CommitPreviewRequest
-	(*UndoPreviewRequest)(nil),      // 56: vmsnap.v1.UndoPreviewRequest
-	(*ExportSnapshotRequest)(nil),   // 57: vmsnap.v1.ExportSnapshotRequest
-	(*RestoreSnapshotResponse)(nil), // 58: vmsnap.v1.RestoreSnapshotResponse
-	(*PreviewSnapshotResponse)(nil), // 59: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewResponse)(nil),      // 60: vmsnap.v1.GetPreviewResponse
-	(*CommitPreviewResponse)(nil),   // 61: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewResponse)(nil),     // 62: vmsnap.v1.UndoPreviewResponse
-	(*PlanRestoreResponse)(nil),     // 63: vmsnap.v1.PlanRestoreResponse
-	(*ExportSnapshotResponse)(nil),  // 64: vmsnap.v1.ExportSnapshotResponse
+	(*CreateGroupRequest)(nil),      // 20: vmsnap.v1.CreateGroupRequest
+	(*CreateGroupResponse)(nil),     // 21: vmsnap.v1.CreateGroupResponse
+	(*VerifySnapshotRequest)(nil),   // 22: vmsnap.v1.VerifySnapshotRequest
+	(*VerifySnapshotResponse)(nil),  // 23: vmsnap.v1.VerifySnapshotResponse
+	(*PlanSnapshotResponse)(nil),    // 24: vmsnap.v1.PlanSnapshotResponse
+	(*Plan)(nil),                    // 25: vmsnap.v1.Plan
+	(*PlanMemory)(nil),              // 26: vmsnap.v1.PlanMemory
+	(*PlanDisk)(nil),                // 27: vmsnap.v1.PlanDisk
+	(*ListSnapshotsRequest)(nil),    // 28: vmsnap.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),   // 29: vmsnap.v1.ListSnapshotsResponse
+	(*GetSnapshotRequest)(nil),      // 30: vmsnap.v1.GetSnapshotRequest
+	(*GetSnapshotResponse)(nil),     // 31: vmsnap.v1.GetSnapshotResponse
+	(*RenameSnapshotRequest)(nil),   // 32: vmsnap.v1.RenameSnapshotRequest
+	(*RenameSnapshotResponse)(nil),  // 33: vmsnap.v1.RenameSnapshotResponse
+	(*ListOperationsRequest)(nil),   // 34: vmsnap.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 35: vmsnap.v1.ListOperationsResponse
+	(*GetOperationRequest)(nil),     // 36: vmsnap.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 37: vmsnap.v1.GetOperationResponse
+	(*WatchOperationRequest)(nil),   // 38: vmsnap.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 39: vmsnap.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 40: vmsnap.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 41: vmsnap.v1.CancelOperationResponse
+	nil,                             // 42: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	nil,                             // 43: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	(*VM)(nil),                      // 44: vmsnap.v1.VM
+	(*durationpb.Duration)(nil),     // 45: google.protobuf.Duration
+	(*Freeze)(nil),                  // 46: vmsnap.v1.Freeze
+	(Quiesce)(0),                    // 47: vmsnap.v1.Quiesce
+	(MemoryStrategy)(0),             // 48: vmsnap.v1.MemoryStrategy
+	(*Operation)(nil),               // 49: vmsnap.v1.Operation
+	(*Warning)(nil),                 // 50: vmsnap.v1.Warning
+	(*Error)(nil),                   // 51: vmsnap.v1.Error
+	(Consistency)(0),                // 52: vmsnap.v1.Consistency
+	(*Snapshot)(nil),                // 53: vmsnap.v1.Snapshot
+	(*RestoreSnapshotRequest)(nil),  // 54: vmsnap.v1.RestoreSnapshotRequest
+	(*PreviewSnapshotRequest)(nil),  // 55: vmsnap.v1.PreviewSnapshotRequest
+	(*GetPreviewRequest)(nil),       // 56: vmsnap.v1.GetPreviewRequest
+	(*CommitPreviewRequest)(nil),    // 57: vmsnap.v1.CommitPreviewRequest
+	(*UndoPreviewRequest)(nil),      // 58: vmsnap.v1.UndoPreviewRequest
+	(*ExportSnapshotRequest)(nil),   // 59: vmsnap.v1.ExportSnapshotRequest
+	(*RestoreSnapshotResponse)(nil), // 60: vmsnap.v1.RestoreSnapshotResponse
+	(*PreviewSnapshotResponse)(nil), // 61: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewResponse)(nil),      // 62: vmsnap.v1.GetPreviewResponse
+	(*CommitPreviewResponse)(nil),   // 63: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewResponse)(nil),     // 64: vmsnap.v1.UndoPreviewResponse
+	(*PlanRestoreResponse)(nil),     // 65: vmsnap.v1.PlanRestoreResponse
+	(*ExportSnapshotResponse)(nil),  // 66: vmsnap.v1.ExportSnapshotResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
-	42, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
-	42, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
+	44, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
+	44, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
 	4,  // 2: vmsnap.v1.DiagnoseVMResponse.findings:type_name -> vmsnap.v1.Finding
 	4,  // 3: vmsnap.v1.RepairVMResponse.findings:type_name -> vmsnap.v1.Finding
 	11, // 4: vmsnap.v1.RebuildCatalogResponse.vms:type_name -> vmsnap.v1.RebuiltVM
-	43, // 5: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
-	43, // 6: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	44, // 7: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
-	43, // 8: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
-	40, // 9: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	45, // 10: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
-	43, // 11: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	43, // 12: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
-	46, // 13: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
-	43, // 14: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
-	47, // 15: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	47, // 16: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	23, // 17: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
-	25, // 18: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
-	48, // 19: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
-	49, // 20: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
-	50, // 21: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
-	43, // 22: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
-	24, // 23: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
-	46, // 24: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	43, // 25: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
-	43, // 26: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
-	41, // 27: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	51, // 28: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
-	51, // 29: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	51, // 30: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	47, // 31: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
-	47, // 32: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	47, // 33: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	47, // 34: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	0,  // 35: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
-	2,  // 36: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
-	12, // 37: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
-	14, // 38: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
-	16, // 39: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
-	5,  // 40: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
-	7,  // 41: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
-	9,  // 42: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
-	18, // 43: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	18, // 44: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	26, // 45: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
-	28, // 46: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
-	30, // 47: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
-	20, // 48: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
-	52, // 49: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	53, // 50: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
-	54, // 51: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
-	55, // 52: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
-	56, // 53: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
-	52, // 54: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	57, // 55: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
-	32, // 56: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	34, // 57: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	36, // 58: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	38, // 59: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	1,  // 60: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 61: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	13, // 62: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	15, // 63: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	17, // 64: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	6,  // 65: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 66: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	10, // 67: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
-	19, // 68: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	22, // 69: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	27, // 70: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	29, // 71: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	31, // 72: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	21, // 73: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	58, // 74: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	59, // 75: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
-	60, // 76: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
-	61, // 77: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
-	62, // 78: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
-	63, // 79: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	64, // 80: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	33, // 81: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	35, // 82: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	37, // 83: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	39, // 84: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	60, // [60:85] is the sub-list for method output_type
-	35, // [35:60] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	45, // 5: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
+	45, // 6: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	46, // 7: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
+	45, // 8: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
+	42, // 9: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	47, // 10: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
+	45, // 11: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	45, // 12: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
+	48, // 13: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
+	45, // 14: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
+	49, // 15: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	45, // 16: vmsnap.v1.CreateGroupRequest.max_skew:type_name -> google.protobuf.Duration
+	18, // 17: vmsnap.v1.CreateGroupRequest.options:type_name -> vmsnap.v1.CreateSnapshotRequest
+	49, // 18: vmsnap.v1.CreateGroupResponse.operation:type_name -> vmsnap.v1.Operation
+	49, // 19: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	25, // 20: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
+	27, // 21: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
+	50, // 22: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
+	51, // 23: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
+	52, // 24: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
+	45, // 25: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
+	26, // 26: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
+	48, // 27: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	45, // 28: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
+	45, // 29: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
+	43, // 30: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	53, // 31: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
+	53, // 32: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	53, // 33: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	49, // 34: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
+	49, // 35: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	49, // 36: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	49, // 37: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	0,  // 38: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
+	2,  // 39: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
+	12, // 40: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
+	14, // 41: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
+	16, // 42: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
+	5,  // 43: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
+	7,  // 44: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
+	9,  // 45: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
+	18, // 46: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	20, // 47: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
+	18, // 48: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	28, // 49: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
+	30, // 50: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
+	32, // 51: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
+	22, // 52: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
+	54, // 53: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	55, // 54: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
+	56, // 55: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
+	57, // 56: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
+	58, // 57: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
+	54, // 58: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	59, // 59: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
+	34, // 60: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	36, // 61: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	38, // 62: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	40, // 63: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	1,  // 64: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 65: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	13, // 66: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	15, // 67: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	17, // 68: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	6,  // 69: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 70: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	10, // 71: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
+	19, // 72: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	21, // 73: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
+	24, // 74: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	29, // 75: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	31, // 76: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	33, // 77: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	23, // 78: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	60, // 79: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	61, // 80: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	62, // 81: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	63, // 82: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	64, // 83: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	65, // 84: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	66, // 85: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	35, // 86: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	37, // 87: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	39, // 88: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	41, // 89: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	64, // [64:90] is the sub-list for method output_type
+	38, // [38:64] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_services_proto_init() }
@@ -2705,7 +2858,7 @@ func file_vmsnap_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_services_proto_rawDesc), len(file_vmsnap_v1_services_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   42,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -1389,6 +1389,78 @@ func (x *Problem) GetHint() string {
 	return ""
 }
 
+// GroupCut is what the snapshots of a group have in common.
+type GroupCut struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The group's own operation.
+	OperationId string `protobuf:"bytes,2,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
+	// How many VMs were asked for. 0 when a restart of vmsnapd came in between.
+	Members uint32 `protobuf:"varint,3,opt,name=members,proto3" json:"members,omitempty"`
+	// The cuts of all lie no further apart. Absent when it is not known.
+	Skew          *durationpb.Duration `protobuf:"bytes,4,opt,name=skew,proto3" json:"skew,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GroupCut) Reset() {
+	*x = GroupCut{}
+	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GroupCut) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GroupCut) ProtoMessage() {}
+
+func (x *GroupCut) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GroupCut.ProtoReflect.Descriptor instead.
+func (*GroupCut) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *GroupCut) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GroupCut) GetOperationId() string {
+	if x != nil {
+		return x.OperationId
+	}
+	return ""
+}
+
+func (x *GroupCut) GetMembers() uint32 {
+	if x != nil {
+		return x.Members
+	}
+	return 0
+}
+
+func (x *GroupCut) GetSkew() *durationpb.Duration {
+	if x != nil {
+		return x.Skew
+	}
+	return nil
+}
+
 // Snapshot is a named point in time of a VM.
 type Snapshot struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -1415,14 +1487,16 @@ type Snapshot struct {
 	Position *Position `protobuf:"bytes,16,opt,name=position,proto3" json:"position,omitempty"`
 	// Set for the parent of what the VM's disks hold now. When no snapshot of the VM
 	// has it, they descend from none.
-	Here          *Here `protobuf:"bytes,17,opt,name=here,proto3" json:"here,omitempty"`
+	Here *Here `protobuf:"bytes,17,opt,name=here,proto3" json:"here,omitempty"`
+	// Absent when it was taken by itself.
+	Group         *GroupCut `protobuf:"bytes,19,opt,name=group,proto3" json:"group,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1434,7 +1508,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1447,7 +1521,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{10}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Snapshot) GetId() string {
@@ -1576,6 +1650,13 @@ func (x *Snapshot) GetHere() *Here {
 	return nil
 }
 
+func (x *Snapshot) GetGroup() *GroupCut {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
 // Position says where a state of a VM stands in the tree of its snapshots.
 type Position struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1591,7 +1672,7 @@ type Position struct {
 
 func (x *Position) Reset() {
 	*x = Position{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1603,7 +1684,7 @@ func (x *Position) String() string {
 func (*Position) ProtoMessage() {}
 
 func (x *Position) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1616,7 +1697,7 @@ func (x *Position) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Position.ProtoReflect.Descriptor instead.
 func (*Position) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{11}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Position) GetParentId() string {
@@ -1645,7 +1726,7 @@ type Stray struct {
 
 func (x *Stray) Reset() {
 	*x = Stray{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1657,7 +1738,7 @@ func (x *Stray) String() string {
 func (*Stray) ProtoMessage() {}
 
 func (x *Stray) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1670,7 +1751,7 @@ func (x *Stray) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stray.ProtoReflect.Descriptor instead.
 func (*Stray) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Stray) GetDevice() string {
@@ -1699,7 +1780,7 @@ type Here struct {
 
 func (x *Here) Reset() {
 	*x = Here{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1711,7 +1792,7 @@ func (x *Here) String() string {
 func (*Here) ProtoMessage() {}
 
 func (x *Here) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1724,7 +1805,7 @@ func (x *Here) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Here.ProtoReflect.Descriptor instead.
 func (*Here) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Here) GetStrays() []*Stray {
@@ -1751,7 +1832,7 @@ type SnapshotSpace struct {
 
 func (x *SnapshotSpace) Reset() {
 	*x = SnapshotSpace{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1763,7 +1844,7 @@ func (x *SnapshotSpace) String() string {
 func (*SnapshotSpace) ProtoMessage() {}
 
 func (x *SnapshotSpace) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1776,7 +1857,7 @@ func (x *SnapshotSpace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotSpace.ProtoReflect.Descriptor instead.
 func (*SnapshotSpace) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SnapshotSpace) GetExclusive() uint64 {
@@ -1832,7 +1913,7 @@ type SnapshotMemory struct {
 
 func (x *SnapshotMemory) Reset() {
 	*x = SnapshotMemory{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1844,7 +1925,7 @@ func (x *SnapshotMemory) String() string {
 func (*SnapshotMemory) ProtoMessage() {}
 
 func (x *SnapshotMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1857,7 +1938,7 @@ func (x *SnapshotMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMemory.ProtoReflect.Descriptor instead.
 func (*SnapshotMemory) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SnapshotMemory) GetPath() string {
@@ -1946,7 +2027,7 @@ type QuiesceResult struct {
 
 func (x *QuiesceResult) Reset() {
 	*x = QuiesceResult{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1958,7 +2039,7 @@ func (x *QuiesceResult) String() string {
 func (*QuiesceResult) ProtoMessage() {}
 
 func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1971,7 +2052,7 @@ func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuiesceResult.ProtoReflect.Descriptor instead.
 func (*QuiesceResult) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{16}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *QuiesceResult) GetRequested() Quiesce {
@@ -2028,7 +2109,7 @@ type SnapshotDisk struct {
 
 func (x *SnapshotDisk) Reset() {
 	*x = SnapshotDisk{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2040,7 +2121,7 @@ func (x *SnapshotDisk) String() string {
 func (*SnapshotDisk) ProtoMessage() {}
 
 func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2053,7 +2134,7 @@ func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
 func (*SnapshotDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{17}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SnapshotDisk) GetDevice() string {
@@ -2109,7 +2190,7 @@ func (x *SnapshotDisk) GetAllocated() uint64 {
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// For example "snapshot", "restore" or "export".
+	// For example "snapshot", "group", "restore" or "export".
 	Kind     string         `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	VmId     string         `protobuf:"bytes,3,opt,name=vm_id,json=vmId,proto3" json:"vm_id,omitempty"`
 	VmName   string         `protobuf:"bytes,4,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`
@@ -2140,7 +2221,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2152,7 +2233,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2165,7 +2246,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{18}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Operation) GetId() string {
@@ -2316,7 +2397,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2328,7 +2409,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2341,7 +2422,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{19}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Step) GetName() string {
@@ -2398,7 +2479,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2410,7 +2491,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2423,7 +2504,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{20}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Progress) GetDone() uint64 {
@@ -2564,7 +2645,12 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\aProblem\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +
-	"\x04hint\x18\x03 \x01(\tR\x04hint\"\x89\x06\n" +
+	"\x04hint\x18\x03 \x01(\tR\x04hint\"\x8a\x01\n" +
+	"\bGroupCut\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
+	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x18\n" +
+	"\amembers\x18\x03 \x01(\rR\amembers\x12-\n" +
+	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\"\xb4\x06\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
 	"\x05vm_id\x18\x02 \x01(\tR\x04vmId\x12\x17\n" +
@@ -2584,7 +2670,8 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\tautomatic\x18\x12 \x01(\bR\tautomatic\x12.\n" +
 	"\x05space\x18\x0f \x01(\v2\x18.vmsnap.v1.SnapshotSpaceR\x05space\x12/\n" +
 	"\bposition\x18\x10 \x01(\v2\x13.vmsnap.v1.PositionR\bposition\x12#\n" +
-	"\x04here\x18\x11 \x01(\v2\x0f.vmsnap.v1.HereR\x04here\x1a9\n" +
+	"\x04here\x18\x11 \x01(\v2\x0f.vmsnap.v1.HereR\x04here\x12)\n" +
+	"\x05group\x18\x13 \x01(\v2\x13.vmsnap.v1.GroupCutR\x05group\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Q\n" +
@@ -2729,7 +2816,7 @@ func file_vmsnap_v1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_vmsnap_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_vmsnap_v1_types_proto_goTypes = []any{
 	(ErrorCode)(0),                // 0: vmsnap.v1.ErrorCode
 	(Consistency)(0),              // 1: vmsnap.v1.Consistency
@@ -2748,20 +2835,21 @@ var file_vmsnap_v1_types_proto_goTypes = []any{
 	(*Disk)(nil),                  // 14: vmsnap.v1.Disk
 	(*Layer)(nil),                 // 15: vmsnap.v1.Layer
 	(*Problem)(nil),               // 16: vmsnap.v1.Problem
-	(*Snapshot)(nil),              // 17: vmsnap.v1.Snapshot
-	(*Position)(nil),              // 18: vmsnap.v1.Position
-	(*Stray)(nil),                 // 19: vmsnap.v1.Stray
-	(*Here)(nil),                  // 20: vmsnap.v1.Here
-	(*SnapshotSpace)(nil),         // 21: vmsnap.v1.SnapshotSpace
-	(*SnapshotMemory)(nil),        // 22: vmsnap.v1.SnapshotMemory
-	(*QuiesceResult)(nil),         // 23: vmsnap.v1.QuiesceResult
-	(*SnapshotDisk)(nil),          // 24: vmsnap.v1.SnapshotDisk
-	(*Operation)(nil),             // 25: vmsnap.v1.Operation
-	(*Step)(nil),                  // 26: vmsnap.v1.Step
-	(*Progress)(nil),              // 27: vmsnap.v1.Progress
-	nil,                           // 28: vmsnap.v1.Snapshot.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*GroupCut)(nil),              // 17: vmsnap.v1.GroupCut
+	(*Snapshot)(nil),              // 18: vmsnap.v1.Snapshot
+	(*Position)(nil),              // 19: vmsnap.v1.Position
+	(*Stray)(nil),                 // 20: vmsnap.v1.Stray
+	(*Here)(nil),                  // 21: vmsnap.v1.Here
+	(*SnapshotSpace)(nil),         // 22: vmsnap.v1.SnapshotSpace
+	(*SnapshotMemory)(nil),        // 23: vmsnap.v1.SnapshotMemory
+	(*QuiesceResult)(nil),         // 24: vmsnap.v1.QuiesceResult
+	(*SnapshotDisk)(nil),          // 25: vmsnap.v1.SnapshotDisk
+	(*Operation)(nil),             // 26: vmsnap.v1.Operation
+	(*Step)(nil),                  // 27: vmsnap.v1.Step
+	(*Progress)(nil),              // 28: vmsnap.v1.Progress
+	nil,                           // 29: vmsnap.v1.Snapshot.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
 }
 var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	0,  // 0: vmsnap.v1.Error.code:type_name -> vmsnap.v1.ErrorCode
@@ -2771,49 +2859,51 @@ var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	14, // 4: vmsnap.v1.VM.disks:type_name -> vmsnap.v1.Disk
 	16, // 5: vmsnap.v1.VM.problems:type_name -> vmsnap.v1.Problem
 	13, // 6: vmsnap.v1.VM.freeze:type_name -> vmsnap.v1.Freeze
-	29, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
-	29, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
+	30, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
+	30, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
 	10, // 9: vmsnap.v1.VM.space:type_name -> vmsnap.v1.VMSpace
-	29, // 10: vmsnap.v1.VMSpace.measured:type_name -> google.protobuf.Timestamp
-	29, // 11: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
+	30, // 10: vmsnap.v1.VMSpace.measured:type_name -> google.protobuf.Timestamp
+	30, // 11: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
 	6,  // 12: vmsnap.v1.GuestAgent.presence:type_name -> vmsnap.v1.GuestAgent.Presence
-	29, // 13: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
-	29, // 14: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
+	30, // 13: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
+	30, // 14: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
 	15, // 15: vmsnap.v1.Disk.layers:type_name -> vmsnap.v1.Layer
-	28, // 16: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
-	29, // 17: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
-	1,  // 18: vmsnap.v1.Snapshot.consistency:type_name -> vmsnap.v1.Consistency
-	23, // 19: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
-	8,  // 20: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
-	24, // 21: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
-	22, // 22: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
-	21, // 23: vmsnap.v1.Snapshot.space:type_name -> vmsnap.v1.SnapshotSpace
-	18, // 24: vmsnap.v1.Snapshot.position:type_name -> vmsnap.v1.Position
-	20, // 25: vmsnap.v1.Snapshot.here:type_name -> vmsnap.v1.Here
-	19, // 26: vmsnap.v1.Position.strays:type_name -> vmsnap.v1.Stray
-	19, // 27: vmsnap.v1.Here.strays:type_name -> vmsnap.v1.Stray
-	29, // 28: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
-	3,  // 29: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	30, // 30: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
-	30, // 31: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
-	2,  // 32: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
-	30, // 33: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
-	5,  // 34: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
-	27, // 35: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
-	26, // 36: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
-	8,  // 37: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
-	7,  // 38: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
-	29, // 39: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
-	29, // 40: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
-	29, // 41: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
-	29, // 42: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
-	29, // 43: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
-	30, // 44: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
-	45, // [45:45] is the sub-list for method output_type
-	45, // [45:45] is the sub-list for method input_type
-	45, // [45:45] is the sub-list for extension type_name
-	45, // [45:45] is the sub-list for extension extendee
-	0,  // [0:45] is the sub-list for field type_name
+	31, // 16: vmsnap.v1.GroupCut.skew:type_name -> google.protobuf.Duration
+	29, // 17: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
+	30, // 18: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	1,  // 19: vmsnap.v1.Snapshot.consistency:type_name -> vmsnap.v1.Consistency
+	24, // 20: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
+	8,  // 21: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
+	25, // 22: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
+	23, // 23: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
+	22, // 24: vmsnap.v1.Snapshot.space:type_name -> vmsnap.v1.SnapshotSpace
+	19, // 25: vmsnap.v1.Snapshot.position:type_name -> vmsnap.v1.Position
+	21, // 26: vmsnap.v1.Snapshot.here:type_name -> vmsnap.v1.Here
+	17, // 27: vmsnap.v1.Snapshot.group:type_name -> vmsnap.v1.GroupCut
+	20, // 28: vmsnap.v1.Position.strays:type_name -> vmsnap.v1.Stray
+	20, // 29: vmsnap.v1.Here.strays:type_name -> vmsnap.v1.Stray
+	30, // 30: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
+	3,  // 31: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	31, // 32: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
+	31, // 33: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
+	2,  // 34: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
+	31, // 35: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
+	5,  // 36: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
+	28, // 37: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
+	27, // 38: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
+	8,  // 39: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
+	7,  // 40: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
+	30, // 41: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
+	30, // 42: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
+	30, // 43: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
+	30, // 44: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
+	30, // 45: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
+	31, // 46: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
+	47, // [47:47] is the sub-list for method output_type
+	47, // [47:47] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_types_proto_init() }
@@ -2827,7 +2917,7 @@ func file_vmsnap_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_types_proto_rawDesc), len(file_vmsnap_v1_types_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -57,6 +57,9 @@ const (
 	// SnapshotServiceCreateSnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// CreateSnapshot RPC.
 	SnapshotServiceCreateSnapshotProcedure = "/vmsnap.v1.SnapshotService/CreateSnapshot"
+	// SnapshotServiceCreateGroupProcedure is the fully-qualified name of the SnapshotService's
+	// CreateGroup RPC.
+	SnapshotServiceCreateGroupProcedure = "/vmsnap.v1.SnapshotService/CreateGroup"
 	// SnapshotServicePlanSnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// PlanSnapshot RPC.
 	SnapshotServicePlanSnapshotProcedure = "/vmsnap.v1.SnapshotService/PlanSnapshot"
@@ -389,6 +392,9 @@ func (UnimplementedVMServiceHandler) RebuildCatalog(context.Context, *connect.Re
 type SnapshotServiceClient interface {
 	// CreateSnapshot starts an operation.
 	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.CreateSnapshotResponse], error)
+	// CreateGroup starts an operation that takes snapshots of several VMs at one
+	// time. Each VM has an operation of its own beside it.
+	CreateGroup(context.Context, *connect.Request[v1.CreateGroupRequest]) (*connect.Response[v1.CreateGroupResponse], error)
 	// PlanSnapshot runs the preflight of CreateSnapshot and changes nothing.
 	PlanSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.PlanSnapshotResponse], error)
 	// ListSnapshots returns the newest first.
@@ -430,6 +436,12 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			httpClient,
 			baseURL+SnapshotServiceCreateSnapshotProcedure,
 			connect.WithSchema(snapshotServiceMethods.ByName("CreateSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		createGroup: connect.NewClient[v1.CreateGroupRequest, v1.CreateGroupResponse](
+			httpClient,
+			baseURL+SnapshotServiceCreateGroupProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("CreateGroup")),
 			connect.WithClientOptions(opts...),
 		),
 		planSnapshot: connect.NewClient[v1.CreateSnapshotRequest, v1.PlanSnapshotResponse](
@@ -515,6 +527,7 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 // snapshotServiceClient implements SnapshotServiceClient.
 type snapshotServiceClient struct {
 	createSnapshot  *connect.Client[v1.CreateSnapshotRequest, v1.CreateSnapshotResponse]
+	createGroup     *connect.Client[v1.CreateGroupRequest, v1.CreateGroupResponse]
 	planSnapshot    *connect.Client[v1.CreateSnapshotRequest, v1.PlanSnapshotResponse]
 	listSnapshots   *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
 	getSnapshot     *connect.Client[v1.GetSnapshotRequest, v1.GetSnapshotResponse]
@@ -532,6 +545,11 @@ type snapshotServiceClient struct {
 // CreateSnapshot calls vmsnap.v1.SnapshotService.CreateSnapshot.
 func (c *snapshotServiceClient) CreateSnapshot(ctx context.Context, req *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.CreateSnapshotResponse], error) {
 	return c.createSnapshot.CallUnary(ctx, req)
+}
+
+// CreateGroup calls vmsnap.v1.SnapshotService.CreateGroup.
+func (c *snapshotServiceClient) CreateGroup(ctx context.Context, req *connect.Request[v1.CreateGroupRequest]) (*connect.Response[v1.CreateGroupResponse], error) {
+	return c.createGroup.CallUnary(ctx, req)
 }
 
 // PlanSnapshot calls vmsnap.v1.SnapshotService.PlanSnapshot.
@@ -598,6 +616,9 @@ func (c *snapshotServiceClient) ExportSnapshot(ctx context.Context, req *connect
 type SnapshotServiceHandler interface {
 	// CreateSnapshot starts an operation.
 	CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.CreateSnapshotResponse], error)
+	// CreateGroup starts an operation that takes snapshots of several VMs at one
+	// time. Each VM has an operation of its own beside it.
+	CreateGroup(context.Context, *connect.Request[v1.CreateGroupRequest]) (*connect.Response[v1.CreateGroupResponse], error)
 	// PlanSnapshot runs the preflight of CreateSnapshot and changes nothing.
 	PlanSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.PlanSnapshotResponse], error)
 	// ListSnapshots returns the newest first.
@@ -635,6 +656,12 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 		SnapshotServiceCreateSnapshotProcedure,
 		svc.CreateSnapshot,
 		connect.WithSchema(snapshotServiceMethods.ByName("CreateSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServiceCreateGroupHandler := connect.NewUnaryHandler(
+		SnapshotServiceCreateGroupProcedure,
+		svc.CreateGroup,
+		connect.WithSchema(snapshotServiceMethods.ByName("CreateGroup")),
 		connect.WithHandlerOptions(opts...),
 	)
 	snapshotServicePlanSnapshotHandler := connect.NewUnaryHandler(
@@ -718,6 +745,8 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 		switch r.URL.Path {
 		case SnapshotServiceCreateSnapshotProcedure:
 			snapshotServiceCreateSnapshotHandler.ServeHTTP(w, r)
+		case SnapshotServiceCreateGroupProcedure:
+			snapshotServiceCreateGroupHandler.ServeHTTP(w, r)
 		case SnapshotServicePlanSnapshotProcedure:
 			snapshotServicePlanSnapshotHandler.ServeHTTP(w, r)
 		case SnapshotServiceListSnapshotsProcedure:
@@ -753,6 +782,10 @@ type UnimplementedSnapshotServiceHandler struct{}
 
 func (UnimplementedSnapshotServiceHandler) CreateSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.CreateSnapshotResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.CreateSnapshot is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) CreateGroup(context.Context, *connect.Request[v1.CreateGroupRequest]) (*connect.Response[v1.CreateGroupResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.CreateGroup is not implemented"))
 }
 
 func (UnimplementedSnapshotServiceHandler) PlanSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.PlanSnapshotResponse], error) {

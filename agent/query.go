@@ -247,7 +247,11 @@ func (a *Agent) snapshotViews(ctx context.Context, shown, all []catalog.Snapshot
 		a.mu.RUnlock()
 		if v != nil {
 			looking.Go(func() {
-				v.place(those, history[id])
+				_, previewed, err := a.catalog.Preview(ctx, id)
+				if err != nil {
+					a.log.Warn("whether a VM runs a preview is not known", "vm", v.name(), "error", err)
+				}
+				v.place(those, history[id], previewed)
 				v.lookAtSnapshots(ctx, those)
 			})
 		}

@@ -148,8 +148,8 @@ func (t *arrangement) withStrays(s catalog.Snapshot, parent string, lines [][]in
 }
 
 // place adds to views of a VM's snapshots where they stand. all are its
-// snapshots, the newest first.
-func (v *vm) place(views []*SnapshotView, all []catalog.Snapshot) {
+// snapshots, the newest first. previewed says that its disks are a trial state.
+func (v *vm) place(views []*SnapshotView, all []catalog.Snapshot, previewed bool) {
 	v.mu.Lock()
 	layers, disks := v.layers, v.disks
 	v.mu.Unlock()
@@ -157,7 +157,7 @@ func (v *vm) place(views []*SnapshotView, all []catalog.Snapshot) {
 	for _, view := range views {
 		view.Position = positions[view.ID]
 		if here.Parent == view.ID {
-			view.Here = &here
+			view.Here, view.Previewed = &here, previewed
 		}
 	}
 }

@@ -206,7 +206,7 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		Automatic:   s.Automatic,
 		Space:       snapshotSpaceProto(s.Space),
 		Position:    positionProto(s.Position),
-		Here:        hereProto(s.Here),
+		Here:        hereProto(s.Here, s.Previewed),
 	}
 	if len(s.Labels) > 0 {
 		out.Labels = make(map[string]string, len(s.Labels))
@@ -240,11 +240,11 @@ func positionProto(p agent.Position) *vmsnapv1.Position {
 	return &vmsnapv1.Position{ParentId: text(p.Parent), Strays: each(p.Strays, strayProto)}
 }
 
-func hereProto(p *agent.Position) *vmsnapv1.Here {
+func hereProto(p *agent.Position, preview bool) *vmsnapv1.Here {
 	if p == nil {
 		return nil
 	}
-	return &vmsnapv1.Here{Strays: each(p.Strays, strayProto)}
+	return &vmsnapv1.Here{Strays: each(p.Strays, strayProto), Preview: preview}
 }
 
 func strayProto(s agent.Stray) *vmsnapv1.Stray {

@@ -70,6 +70,9 @@ func vmBranch(p page, snapshots []*vmsnapv1.Snapshot) *branch {
 		above.below = append(above.below, b)
 		if h := s.GetHere(); h != nil {
 			home = b
+			if h.GetPreview() {
+				current.label += ", in a preview"
+			}
 			if strays := strayNotes(h.GetStrays(), names); len(strays) > 0 {
 				current.cells = []string{"", "", "", strings.Join(strays, ", ")}
 			}

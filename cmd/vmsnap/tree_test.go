@@ -12,11 +12,14 @@ import (
 )
 
 // planted adds snapshots of a VM, the oldest first: each "NAME" or "NAME<PARENT",
-// "…!" for the one where the VM is now, and "…~" for an automatic one.
+// "…!" for the one where the VM is now, "…?" for one that it previews, and "…~" for
+// an automatic one.
 func planted(b *rpctest.Backend, vm string, snapshots ...string) {
 	for i, text := range snapshots {
 		text, automatic := strings.CutSuffix(text, "~")
+		text, previewed := strings.CutSuffix(text, "?")
 		text, here := strings.CutSuffix(text, "!")
+		here = here || previewed
 		name, parent, _ := strings.Cut(text, "<")
 		s := agent.SnapshotView{
 			Snapshot: catalog.Snapshot{
@@ -29,7 +32,7 @@ func planted(b *rpctest.Backend, vm string, snapshots ...string) {
 			s.Parent = vm + parent
 		}
 		if here {
-			s.Here = &agent.Position{Parent: s.ID}
+			s.Here, s.Previewed = &agent.Position{Parent: s.ID}, previewed
 		}
 		b.AddSnapshot(s)
 	}
@@ -60,6 +63,7 @@ func TestTree(t *testing.T) {
 			planted(b, "web", "a", "b<a", "c<b", "d<a", "e<d!", "f<a", "other", "g<other")
 		}},
 		"tree-restored": {"snapshot list --tree", func(b *rpctest.Backend) { planted(b, "web", "a!", "b<a", "c<b~") }},
+		"tree-preview":  {"snapshot list --tree", func(b *rpctest.Backend) { planted(b, "web", "a?", "b<a") }},
 		"tree-nowhere":  {"snapshot list --tree", func(b *rpctest.Backend) { planted(b, "web", "a", "b<a") }},
 		// A catalog that has gone mad loses no snapshot.
 		"tree-circle": {"snapshot list --tree", func(b *rpctest.Backend) { planted(b, "web", "a<c", "b<a", "c<b", "d<gone", "e<e") }},

@@ -133,6 +133,9 @@ func TestQEMURebuildsALostCatalog(t *testing.T) {
 		if f := h.findings(vm.name); len(f) != 0 {
 			t.Errorf("in a preview: %+v", f)
 		}
+		if tree := h.must("snapshot", "list", vm.name, "--tree"); !strings.Contains(tree, "you are here, in a preview") {
+			t.Errorf("in a preview:\n%s", tree)
+		}
 		h.lose()
 		h.await(vm.name, "paused")
 		h.must("doctor", "--rebuild")

@@ -1773,7 +1773,9 @@ func (x *Stray) GetSnapshotId() string {
 type Here struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Disks that went another way.
-	Strays        []*Stray `protobuf:"bytes,1,rep,name=strays,proto3" json:"strays,omitempty"`
+	Strays []*Stray `protobuf:"bytes,1,rep,name=strays,proto3" json:"strays,omitempty"`
+	// They are a trial state, which is kept or thrown away.
+	Preview       bool `protobuf:"varint,2,opt,name=preview,proto3" json:"preview,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1813,6 +1815,13 @@ func (x *Here) GetStrays() []*Stray {
 		return x.Strays
 	}
 	return nil
+}
+
+func (x *Here) GetPreview() bool {
+	if x != nil {
+		return x.Preview
+	}
+	return false
 }
 
 // SnapshotSpace is what a snapshot takes, in bytes that are counted as in
@@ -2681,9 +2690,10 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x05Stray\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1f\n" +
 	"\vsnapshot_id\x18\x02 \x01(\tR\n" +
-	"snapshotId\"0\n" +
+	"snapshotId\"J\n" +
 	"\x04Here\x12(\n" +
-	"\x06strays\x18\x01 \x03(\v2\x10.vmsnap.v1.StrayR\x06strays\"\x95\x01\n" +
+	"\x06strays\x18\x01 \x03(\v2\x10.vmsnap.v1.StrayR\x06strays\x12\x18\n" +
+	"\apreview\x18\x02 \x01(\bR\apreview\"\x95\x01\n" +
 	"\rSnapshotSpace\x12\x1c\n" +
 	"\texclusive\x18\x01 \x01(\x04R\texclusive\x12\x16\n" +
 	"\x06shared\x18\x02 \x01(\x04R\x06shared\x12\x16\n" +

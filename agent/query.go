@@ -110,7 +110,7 @@ func (r *run) view(v VMView) VMView {
 	case r.session == nil:
 	case r.status == "running":
 		v.State = Running
-	case r.status == "shutdown" || r.status == "postmigrate":
+	case r.status == "shutdown" || r.status == "postmigrate" && !r.saved:
 		v.State = Stopped
 	case r.status != "":
 		v.State = Paused

@@ -252,6 +252,7 @@ func (a *Agent) snapshotViews(ctx context.Context, shown, all []catalog.Snapshot
 					a.log.Warn("whether a VM runs a preview is not known", "vm", v.name(), "error", err)
 				}
 				v.place(those, history[id], previewed)
+				a.showClones(ctx, v, those)
 				v.lookAtSnapshots(ctx, those)
 			})
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/event"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/freeze"
 )
@@ -26,6 +27,7 @@ type Config struct {
 	LaunchGuard  []string      // command that runs GuardLaunchPaths
 	PauseGuard   []string      // command that runs memdump.RunGuard
 	MemoryDir    string        // where memory is saved; beside the first disk's layers when empty
+	Launcher     launch.Kind   // that starts QEMU where memory is restored; Automatic by default
 	KeepPages    bool          // do not put a guest's huge pages back after a save
 	ScanOnly     bool          // find VMs without process events
 	ListedOnly   bool          // manage only VMs that a file in OverridesDir names

@@ -7,6 +7,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/launch"
 )
 
 // DiskChoice takes one disk from a snapshot.
@@ -21,6 +22,8 @@ type RestoreRequest struct {
 	Disks    []DiskChoice // all of the snapshot when empty
 	Exclude  []string     // disks of the snapshot that are left as they are
 	NoSafety bool         // do not keep the state before as a snapshot
+	Memory   bool         `json:",omitempty"` // the guest goes on from the snapshot's memory, in a new QEMU process
+	Launcher launch.Kind  `json:",omitempty"` // that starts it; empty: the agent's choice
 
 	RequestID string `json:"-"`
 	UID       uint32 `json:"-"`

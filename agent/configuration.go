@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -36,6 +37,9 @@ type configuration struct {
 	Foreign   bool   `json:"foreign,omitempty"` // in a file system tree of its own, such as a container's
 	Paused    bool   `json:"paused,omitempty"`  // the guest did not run
 }
+
+// encode is the configuration as a snapshot keeps it.
+func (c configuration) encode() (json.RawMessage, error) { return json.Marshal(c) }
 
 // machine is what the VM can be started again by.
 func (c configuration) machine() launch.Machine {

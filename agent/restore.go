@@ -10,6 +10,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/blockdev"
 	"github.com/vmsnap/vmsnap/monitor"
@@ -61,9 +62,12 @@ func (r *restore) to(ctx context.Context, s catalog.Snapshot, req RestoreRequest
 	if err != nil {
 		return err
 	}
-	if p.live {
+	switch {
+	case req.Memory:
+		err = r.withMemory(ctx, s, p)
+	case p.live:
 		err = r.live(ctx, p.subset)
-	} else {
+	default:
 		err = r.stopped(ctx)
 	}
 	if err == nil {
@@ -79,17 +83,21 @@ type restore struct {
 	adopted bool                  // the VM was started in the restored state before the reset
 	kept    []string              // ids of disks that an undo leaves with one more layer
 	nets    []string              // the VM's network devices
+	stage   string                // of a restore with memory: what was journalled last
+	child   *launch.Launched      // what was started last
+	locks   []*blockdev.Lock      // of the layers, while nobody may start the VM
 	resets  *monitor.Subscription // to RESET, when a reset must end QEMU afterwards
 }
 
 // restoreState is what the journal keeps of a restore beside its cut.
 type restoreState struct {
-	Description string        // of the safety snapshot
-	Resume      bool          // the guest is to run when all is done
-	LiftReset   bool          // QEMU was started so that a reset ends it
-	NoSafety    bool          // the layers that were active are not kept
-	Preview     *previewState `json:",omitempty"` // it is a trial
-	Undo        *undoState    `json:",omitempty"` // it ends a trial
+	Description string         // of the safety snapshot
+	Resume      bool           // the guest is to run when all is done
+	LiftReset   bool           // QEMU was started so that a reset ends it
+	NoSafety    bool           // the layers that were active are not kept
+	Preview     *previewState  `json:",omitempty"` // it is a trial
+	Undo        *undoState     `json:",omitempty"` // it ends a trial
+	Memory      *memoryRestore `json:",omitempty"` // the guest goes on from a snapshot's memory
 }
 
 // restoreEntry is what the journal keeps of a restore.

@@ -322,6 +322,11 @@ func (r *restore) overlaysStopped(ctx context.Context) error {
 	if err := r.announceOverlays(ctx); err != nil {
 		return err
 	}
+	return r.makeStopped(ctx)
+}
+
+// makeStopped makes the overlays' files.
+func (r *restore) makeStopped(ctx context.Context) error {
 	for _, d := range r.disks {
 		err := d.makeNames()
 		if err == nil {
@@ -341,6 +346,12 @@ func (r *restore) overlaysStopped(ctx context.Context) error {
 // on to the new state, before to the old one.
 func (a *Agent) recoverRestore(ctx context.Context, o *op.Op, v *vm, rec op.Record, entries []op.Entry) error {
 	r := &restore{cut: &cut{Agent: a, o: o, vm: v, cutAt: rec.Started}}
+	if with, err := r.loadMemoryRestore(entries); err != nil || with {
+		if err != nil {
+			return err
+		}
+		return r.recoverMemoryRestore(ctx)
+	}
 	last, reset, err := r.load(entries)
 	if err != nil || len(r.disks) == 0 {
 		return errors.Join(err, errInterrupted())

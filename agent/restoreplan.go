@@ -7,6 +7,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/blockdev"
 	"github.com/vmsnap/vmsnap/monitor"
@@ -18,6 +19,7 @@ type RestorePlan struct {
 	Snapshot string // name
 	Live     bool   // the disks are swapped under the running QEMU process, and the guest is reset
 	Disks    []RestorePlanDisk
+	Memory   *RestorePlanMemory // nil without memory
 	Warnings []op.Warning
 	Blockers []*fault.Error // why it would be refused
 }
@@ -66,9 +68,12 @@ func (a *Agent) snapshotOf(ctx context.Context, ref string) (catalog.Snapshot, *
 type restorePlan struct {
 	preflight
 	restore RestorePlan
-	subset  bool // the running VM has disks that stay as they are
-	resume  bool // the guest is to run when all is done
-	rebooks bool // QEMU was told to end at a reset, which must be lifted
+	subset  bool           // the running VM has disks that stay as they are
+	resume  bool           // the guest is to run when all is done
+	rebooks bool           // QEMU was told to end at a reset, which must be lifted
+	load    *memoryRestore // nil without memory
+	order   launch.Order   // of the QEMU that loads it
+	back    launch.Order   // of the one that would bring the present state back
 }
 
 // planRestore looks at everything that a restore depends on. The error is for
@@ -84,8 +89,10 @@ func (a *Agent) planRestore(ctx context.Context, v *vm, s catalog.Snapshot, req 
 	}
 	p := &restorePlan{preflight: preflight{live: r != nil, run: r}}
 	p.plan.VM = v.name()
-	p.restore = RestorePlan{VM: v.name(), Snapshot: s.Name, Live: p.live}
-	if p.live {
+	p.restore = RestorePlan{VM: v.name(), Snapshot: s.Name, Live: p.live && !req.Memory}
+	if req.Memory {
+		err = a.planRestoreMemory(ctx, v, s, all, req, p)
+	} else if p.live {
 		err = a.planRestoreLive(ctx, v, all, p, register)
 	} else {
 		err = a.planRestoreStopped(ctx, v, all, p)

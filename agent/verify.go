@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/memdump"
@@ -34,20 +35,27 @@ func (a *Agent) VerifySnapshot(ctx context.Context, ref string, uid uint32) (op.
 	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
 		o.SetSnapshot(s.ID)
 		return o.Step(ctx, "memory", func(ctx context.Context) error {
-			sum, err := verifyMemory(ctx, s.Memory.Path, func(done, total uint64) { o.Progress(done, total, "bytes") })
-			switch {
-			case errors.Is(err, fs.ErrNotExist):
-				return fault.New(fault.NotFound, "snapshot %s: its memory file %s is gone", name, s.Memory.Path).
-					WithHint("the disks can be restored without it")
-			case err != nil:
-				return fault.New(kindOf(err), "snapshot %s: %w", name, err)
-			case sum.StoredChecksum != s.Memory.Checksum:
-				return fault.New(fault.Failed, "snapshot %s: %s is a memory file, but not the one that was saved: its checksum is %s instead of %s",
-					name, s.Memory.Path, sum.StoredChecksum, s.Memory.Checksum)
-			}
-			return nil
+			return verifySaved(ctx, s.Snapshot, func(done, total uint64) { o.Progress(done, total, "bytes") })
 		})
 	})
+}
+
+// verifySaved reads all of a snapshot's memory, and compares it with what was
+// recorded when it was saved.
+func verifySaved(ctx context.Context, s catalog.Snapshot, progress func(done, total uint64)) error {
+	name := s.VMName + "/" + s.Name
+	sum, err := verifyMemory(ctx, s.Memory.Path, progress)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fault.New(fault.NotFound, "snapshot %s: its memory file %s is gone", name, s.Memory.Path).
+			WithHint("the disks can be restored without it")
+	case err != nil:
+		return fault.New(kindOf(err), "snapshot %s: %w", name, err)
+	case sum.StoredChecksum != s.Memory.Checksum:
+		return fault.New(fault.Failed, "snapshot %s: %s is a memory file, but not the one that was saved: its checksum is %s instead of %s",
+			name, s.Memory.Path, sum.StoredChecksum, s.Memory.Checksum)
+	}
+	return nil
 }
 
 func verifyMemory(ctx context.Context, path string, progress func(done, total uint64)) (memdump.Sum, error) {

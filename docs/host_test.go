@@ -153,6 +153,11 @@ func (h *host) direct(what string) {
 		state = vmsnapv1.VMState_VM_STATE_STOPPED
 	case "the guest starts":
 		err = h.guest.Restart(ctx)
+	case "the guest has another QEMU":
+		var vm *connect.Response[vmsnapv1.GetVMResponse]
+		if vm, err = h.client.VMs().GetVM(ctx, connect.NewRequest(&vmsnapv1.GetVMRequest{Vm: h.guest.Name})); err == nil {
+			err = h.guest.Follow(ctx, int(vm.Msg.GetVm().GetProcess().GetPid()))
+		}
 	default:
 		h.t.Fatalf("no such direction: %q", what)
 	}

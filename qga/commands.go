@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"time"
 )
 
 // Ping asks for a sign of life (guest-ping).
@@ -233,3 +234,11 @@ func (c *Client) count(ctx context.Context, name string, args any) (int, error) 
 }
 
 func (c *Client) text(s string) string { return cleanText(s, c.limits.TextBytes) }
+
+// SetTime sets the guest's clock, and with it its hardware clock
+// (guest-set-time). A CommandError may mean that only the hardware clock, or
+// that both were not set.
+func (c *Client) SetTime(ctx context.Context, now time.Time) error {
+	args := map[string]int64{"time": now.UnixNano()}
+	return c.command(ctx, cmdSetTime, args, func(json.RawMessage) error { return nil })
+}

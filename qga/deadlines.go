@@ -16,6 +16,7 @@ const (
 	cmdFreeze     = "guest-fsfreeze-freeze"
 	cmdFreezeList = "guest-fsfreeze-freeze-list"
 	cmdThaw       = "guest-fsfreeze-thaw"
+	cmdSetTime    = "guest-set-time"
 )
 
 // deadline is how long one command may take.
@@ -29,15 +30,16 @@ type deadline struct {
 // deadlines has an entry for each command. A context with an earlier deadline
 // always wins.
 var deadlines = map[string]deadline{
-	dial:      {limit: 2 * time.Second},                 // a local socket accepts at once, or never
-	cmdSync:   {limit: 5 * time.Second, callers: true},  // an idle agent answers in milliseconds; one that waits for a hook to end allows more
-	cmdPing:   {limit: 5 * time.Second},                 // no work in the guest
-	cmdInfo:   {limit: 5 * time.Second},                 // no work in the guest
-	cmdStatus: {limit: 2 * time.Second},                 // no work in the guest, and asked while it is frozen
-	cmdOSInfo: {limit: 10 * time.Second},                // reads files in the guest
-	cmdFSInfo: {limit: 10 * time.Second},                // stats every mount in the guest
-	cmdFreeze: {limit: 60 * time.Second, callers: true}, // flushes the guest's caches and runs its hooks
-	cmdThaw:   {limit: 10 * time.Second, callers: true}, // milliseconds, but its hooks run before it answers
+	dial:       {limit: 2 * time.Second},                 // a local socket accepts at once, or never
+	cmdSync:    {limit: 5 * time.Second, callers: true},  // an idle agent answers in milliseconds; one that waits for a hook to end allows more
+	cmdPing:    {limit: 5 * time.Second},                 // no work in the guest
+	cmdInfo:    {limit: 5 * time.Second},                 // no work in the guest
+	cmdStatus:  {limit: 2 * time.Second},                 // no work in the guest, and asked while it is frozen
+	cmdOSInfo:  {limit: 10 * time.Second},                // reads files in the guest
+	cmdFSInfo:  {limit: 10 * time.Second},                // stats every mount in the guest
+	cmdFreeze:  {limit: 60 * time.Second, callers: true}, // flushes the guest's caches and runs its hooks
+	cmdSetTime: {limit: 10 * time.Second},                // runs hwclock in the guest
+	cmdThaw:    {limit: 10 * time.Second, callers: true}, // milliseconds, but its hooks run before it answers
 }
 
 // dial names the connection itself in deadlines and errors.

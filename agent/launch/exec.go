@@ -43,7 +43,7 @@ func (s Spec) exec(ctx context.Context) (*Launched, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, s.failed(err)
 	}
-	l := &Launched{spec: s, ended: make(chan struct{})}
+	l := &Launched{spec: s, ended: make(chan struct{}), child: cmd.Process}
 	if !s.Forks {
 		l.PID = cmd.Process.Pid
 	}

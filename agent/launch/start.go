@@ -25,6 +25,7 @@ type Launched struct {
 	PID     int              // 0 when it is not known
 	Warning string           // what went wrong beside the start
 	ended   chan struct{}    // exec: closed when the child has ended
+	child   *os.Process      // exec
 	state   *os.ProcessState // exec, once ended is closed
 }
 
@@ -181,5 +182,13 @@ func (l *Launched) Failed(ctx context.Context) error {
 		return l.spec.failed(fmt.Errorf("unit %s is %s (%s)", l.spec.Unit, service.Active, service.Result))
 	default:
 		return nil
+	}
+}
+
+// Kill kills a child that does not daemonize, of which nothing may be needed any
+// more. What others have started is theirs to end.
+func (l *Launched) Kill() {
+	if l.child != nil && !l.spec.Forks {
+		_ = l.child.Kill() // fails only if it has ended
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 
@@ -19,8 +18,7 @@ import (
 type bench struct {
 	t       *testing.T
 	r       *Runner
-	mu      sync.Mutex
-	began   []string // under mu: recipes begin by themselves
+	began   []string
 	release map[string]chan struct{}
 	ids     map[string]string
 }
@@ -33,9 +31,7 @@ func (b *bench) recipe(name string) Recipe {
 	end := make(chan struct{})
 	b.release[name] = end
 	return func(ctx context.Context, _ *Op) error {
-		b.mu.Lock()
 		b.began = append(b.began, name)
-		b.mu.Unlock()
 		select {
 		case <-end:
 			return nil
@@ -69,10 +65,8 @@ func (b *bench) end(names ...string) string {
 
 func (b *bench) news() string {
 	synctest.Wait()
-	b.mu.Lock()
 	began := strings.Join(b.began, " ")
 	b.began = nil
-	b.mu.Unlock()
 	return began
 }
 

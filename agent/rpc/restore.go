@@ -7,6 +7,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 )
 
@@ -50,6 +51,8 @@ func restoreRequest(ctx context.Context, msg *vmsnapv1.RestoreSnapshotRequest) (
 		}),
 		Exclude:   msg.GetExclude(),
 		NoSafety:  msg.GetNoSafetySnapshot(),
+		Memory:    msg.GetMemory(),
+		Launcher:  launcherOf(msg.GetLauncher()),
 		RequestID: msg.GetRequestId(),
 		UID:       caller,
 	}, nil
@@ -62,6 +65,14 @@ func checkRestore(msg *vmsnapv1.RestoreSnapshotRequest) error {
 	for _, c := range msg.GetDisks() {
 		if err := first(checkRef("an entry of disks: device", c.GetDevice()), checkLength("an entry of disks: snapshot", c.GetSnapshot(), maxName)); err != nil {
 			return err
+		}
+	}
+	if l := msg.GetLauncher(); l != 0 {
+		if launcherOf(l) == launch.Automatic {
+			return usage("launcher %d is unknown", l)
+		}
+		if !msg.GetMemory() {
+			return usage("a launcher is for restoring memory")
 		}
 	}
 	return first(
@@ -79,7 +90,35 @@ func restorePlanProto(p agent.RestorePlan) *vmsnapv1.RestorePlan {
 		Disks: each(p.Disks, func(d agent.RestorePlanDisk) *vmsnapv1.RestorePlanDisk {
 			return &vmsnapv1.RestorePlanDisk{Device: text(d.Device), Snapshot: text(d.Snapshot), Layer: text(d.Layer), VirtualSize: d.Size}
 		}),
+		Memory:   restorePlanMemoryProto(p.Memory),
 		Warnings: each(p.Warnings, warningProto),
 		Blockers: each(p.Blockers, func(e *fault.Error) *vmsnapv1.Error { return detailOf(e) }),
 	}
+}
+
+func restorePlanMemoryProto(m *agent.RestorePlanMemory) *vmsnapv1.RestorePlanMemory {
+	if m == nil {
+		return nil
+	}
+	return &vmsnapv1.RestorePlanMemory{
+		Path: text(m.Path), Size: m.Size, Launcher: launchers[m.Launcher], Runs: m.Runs, SavedIn: text(m.Saved), Reserve: m.Reserve,
+	}
+}
+
+var launchers = map[launch.Kind]vmsnapv1.Launcher{
+	launch.Unit:     vmsnapv1.Launcher_LAUNCHER_UNIT,
+	launch.Systemd:  vmsnapv1.Launcher_LAUNCHER_SYSTEMD,
+	launch.Exec:     vmsnapv1.Launcher_LAUNCHER_EXEC,
+	launch.External: vmsnapv1.Launcher_LAUNCHER_EXTERNAL,
+}
+
+// launcherOf returns the agent's name of a launcher, Automatic for one that it
+// does not know.
+func launcherOf(l vmsnapv1.Launcher) launch.Kind {
+	for kind, proto := range launchers {
+		if proto == l {
+			return kind
+		}
+	}
+	return launch.Automatic
 }

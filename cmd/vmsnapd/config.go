@@ -15,6 +15,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/hook"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	"github.com/vmsnap/vmsnap/agent/rpc"
 )
 
@@ -30,6 +31,7 @@ type config struct {
 	VMsDir        string
 	OverlayDir    string
 	MemoryDir     string
+	Launcher      string
 	KeepPages     bool
 	LogLevel      string
 	LogFormat     string
@@ -65,7 +67,7 @@ func (c *config) settings() map[string]any {
 	return map[string]any{
 		"state-dir": &c.StateDir, "run-dir": &c.RunDir, "socket": &c.Socket, "socket-group": &c.SocketGroup,
 		"metrics-listen": &c.MetricsListen, "metrics-config": &c.MetricsConfig, "vms-dir": &c.VMsDir, "overlay-dir": &c.OverlayDir,
-		"memory-dir": &c.MemoryDir, "leave-pages-split": &c.KeepPages,
+		"memory-dir": &c.MemoryDir, "launcher": &c.Launcher, "leave-pages-split": &c.KeepPages,
 		"log-level": &c.LogLevel, "log-format": &c.LogFormat, "scan-only": &c.ScanOnly, "listed-only": &c.ListedOnly,
 		"event-keep": &c.EventKeep, "event-max-age": &c.EventMaxAge, "event-journal": &c.EventJournal,
 		"webhook-url": &c.WebhookURL, "webhook-secret": &c.WebhookSecret,
@@ -88,6 +90,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.MetricsConfig, "metrics-config", "", "`file` with TLS and basic auth for /metrics (Prometheus exporter-toolkit)")
 	f.StringVar(&c.VMsDir, "vms-dir", "/etc/vmsnap/vms.d", "`directory` of YAML files that name VMs or override what is found")
 	f.StringVar(&c.OverlayDir, "overlay-dir", "", "`directory` in which the overlays of snapshots are made (default: beside the layer that is covered)")
+	f.StringVar(&c.Launcher, "launcher", "auto", "who starts QEMU when memory is restored: auto, unit, systemd, exec or external")
 	f.StringVar(&c.MemoryDir, "memory-dir", "", "`directory` in which memory is saved (default: .vmsnap beside the first disk's layers)")
 	f.BoolVar(&c.KeepPages, "leave-pages-split", false, "do not put a guest's huge pages back after its memory was saved")
 	f.StringVar(&c.LogLevel, "log-level", "info", "`level`: debug, info, warn or error")
@@ -219,6 +222,9 @@ func (c *config) check() error {
 			return c.wrong("memory-dir", "%q is not an absolute path", c.MemoryDir)
 		}
 		c.MemoryDir = filepath.Clean(c.MemoryDir)
+	}
+	if _, err := launch.ParseKind(c.Launcher); err != nil {
+		return c.wrong("launcher", "%q is not auto, unit, systemd, exec or external", c.Launcher)
 	}
 	if len(c.Socket) > 107 {
 		return c.wrong("socket", "%q is longer than the 107 bytes that a Unix socket's path may have", c.Socket)

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/agent/rpc"
 	"github.com/vmsnap/vmsnap/api/client"
@@ -184,10 +185,15 @@ func openAgent(ctx context.Context, c config, m *metrics.Metrics, log hclog.Logg
 	if err != nil {
 		return nil, err
 	}
+	launcher, err := launch.ParseKind(c.Launcher)
+	if err != nil {
+		return nil, err
+	}
 	return agent.Open(ctx, agent.Config{
 		StateDir: c.StateDir, OverridesDir: c.VMsDir, OverlayDir: c.OverlayDir, MemoryDir: c.MemoryDir, KeepPages: c.KeepPages,
 		Freezing: guards, LaunchGuard: []string{guards.Executable[0], "launch-guard"},
 		PauseGuard: []string{guards.Executable[0], "pause-guard", "--log-level", c.LogLevel, "--log-format", c.LogFormat},
+		Launcher:   launcher,
 		ScanOnly:   c.ScanOnly, ListedOnly: c.ListedOnly, Logger: log,
 		EventKeep: c.EventKeep, EventMaxAge: c.EventMaxAge, Sinks: sinks,
 		Hooks: c.hooks(), Profiles: c.Profiles, Limits: op.Limits{Operations: c.MaxOperations, PerStorage: c.MaxOperationsPerStorage},

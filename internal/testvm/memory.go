@@ -71,3 +71,32 @@ func (g *Guest) load(ctx context.Context, load func(context.Context) error) erro
 	g.mu.Unlock()
 	return nil
 }
+
+// Follow takes over a QEMU that another program has started with the guest's
+// memory, in the place of the one before. Such a guest can be killed, but not
+// restarted. Follow returns when the guest answers. Writers do not survive it.
+func (g *Guest) Follow(ctx context.Context, pid int) error {
+	ctx, cancel := context.WithTimeout(ctx, bootDeadline)
+	defer cancel()
+	p, err := adoptProcess(pid)
+	if err != nil {
+		return fmt.Errorf("follow guest %s: %w", g.Name, err)
+	}
+	conn, err := dial(ctx, p, g.path(controlSocket))
+	if err != nil {
+		return fmt.Errorf("follow guest %s: %w%s", g.Name, err, g.logs())
+	}
+	c := newControl(conn)
+	if _, err := c.call(ctx, wire.Request{Op: wire.OpExec, Command: "true"}); err != nil {
+		c.close()
+		return fmt.Errorf("follow guest %s: %w%s", g.Name, err, g.logs())
+	}
+	g.mu.Lock()
+	old := g.control
+	g.process, g.control = p, c
+	g.mu.Unlock()
+	if old != nil {
+		old.close()
+	}
+	return nil
+}

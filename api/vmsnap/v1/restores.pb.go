@@ -22,6 +22,68 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Launcher is who starts a QEMU process that memory is loaded into.
+type Launcher int32
+
+const (
+	// The best one that works: the VM's unit, systemd, or vmsnapd itself.
+	Launcher_LAUNCHER_UNSPECIFIED Launcher = 0
+	// The VM's own unit.
+	Launcher_LAUNCHER_UNIT Launcher = 1
+	// A transient unit in the VM's slice.
+	Launcher_LAUNCHER_SYSTEMD Launcher = 2
+	// vmsnapd itself, detached.
+	Launcher_LAUNCHER_EXEC Launcher = 3
+	// Somebody else: the output of the operation's step "launch" says what is to be
+	// started, as JSON.
+	Launcher_LAUNCHER_EXTERNAL Launcher = 4
+)
+
+// Enum value maps for Launcher.
+var (
+	Launcher_name = map[int32]string{
+		0: "LAUNCHER_UNSPECIFIED",
+		1: "LAUNCHER_UNIT",
+		2: "LAUNCHER_SYSTEMD",
+		3: "LAUNCHER_EXEC",
+		4: "LAUNCHER_EXTERNAL",
+	}
+	Launcher_value = map[string]int32{
+		"LAUNCHER_UNSPECIFIED": 0,
+		"LAUNCHER_UNIT":        1,
+		"LAUNCHER_SYSTEMD":     2,
+		"LAUNCHER_EXEC":        3,
+		"LAUNCHER_EXTERNAL":    4,
+	}
+)
+
+func (x Launcher) Enum() *Launcher {
+	p := new(Launcher)
+	*p = x
+	return p
+}
+
+func (x Launcher) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Launcher) Descriptor() protoreflect.EnumDescriptor {
+	return file_vmsnap_v1_restores_proto_enumTypes[0].Descriptor()
+}
+
+func (Launcher) Type() protoreflect.EnumType {
+	return &file_vmsnap_v1_restores_proto_enumTypes[0]
+}
+
+func (x Launcher) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Launcher.Descriptor instead.
+func (Launcher) EnumDescriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{0}
+}
+
 // DiskChoice takes one disk from a snapshot.
 type DiskChoice struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
@@ -88,7 +150,12 @@ type RestoreSnapshotRequest struct {
 	// newest snapshot is lost then.
 	NoSafetySnapshot bool `protobuf:"varint,4,opt,name=no_safety_snapshot,json=noSafetySnapshot,proto3" json:"no_safety_snapshot,omitempty"`
 	// Makes a repeated request return the first one's operation. Kept 30 days.
-	RequestId     string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The guest goes on from the snapshot's memory, in a new QEMU process. It goes
+	// only with all disks of the snapshot.
+	Memory bool `protobuf:"varint,6,opt,name=memory,proto3" json:"memory,omitempty"`
+	// Who starts that process. Only with memory.
+	Launcher      Launcher `protobuf:"varint,7,opt,name=launcher,proto3,enum=vmsnap.v1.Launcher" json:"launcher,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -156,6 +223,20 @@ func (x *RestoreSnapshotRequest) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *RestoreSnapshotRequest) GetMemory() bool {
+	if x != nil {
+		return x.Memory
+	}
+	return false
+}
+
+func (x *RestoreSnapshotRequest) GetLauncher() Launcher {
+	if x != nil {
+		return x.Launcher
+	}
+	return Launcher_LAUNCHER_UNSPECIFIED
 }
 
 type PreviewSnapshotRequest struct {
@@ -741,7 +822,9 @@ type RestorePlan struct {
 	Disks    []*RestorePlanDisk `protobuf:"bytes,4,rep,name=disks,proto3" json:"disks,omitempty"`
 	Warnings []*Warning         `protobuf:"bytes,5,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// Why it would be refused. Empty when it would not.
-	Blockers      []*Error `protobuf:"bytes,6,rep,name=blockers,proto3" json:"blockers,omitempty"`
+	Blockers []*Error `protobuf:"bytes,6,rep,name=blockers,proto3" json:"blockers,omitempty"`
+	// Absent without memory.
+	Memory        *RestorePlanMemory `protobuf:"bytes,7,opt,name=memory,proto3" json:"memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -818,6 +901,105 @@ func (x *RestorePlan) GetBlockers() []*Error {
 	return nil
 }
 
+func (x *RestorePlan) GetMemory() *RestorePlanMemory {
+	if x != nil {
+		return x.Memory
+	}
+	return nil
+}
+
+// RestorePlanMemory is what a restore would do with memory.
+type RestorePlanMemory struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the file that is loaded.
+	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// Bytes of that file.
+	Size uint64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	// Who starts the QEMU process. Unspecified when nobody can.
+	Launcher Launcher `protobuf:"varint,3,opt,name=launcher,proto3,enum=vmsnap.v1.Launcher" json:"launcher,omitempty"`
+	// The guest runs afterwards. Else the VM is paused, as it was.
+	Runs bool `protobuf:"varint,4,opt,name=runs,proto3" json:"runs,omitempty"`
+	// Directory in which the memory of the running guest is saved before. Empty
+	// when it is not.
+	SavedIn string `protobuf:"bytes,5,opt,name=saved_in,json=savedIn,proto3" json:"saved_in,omitempty"`
+	// Bytes that are set aside for that.
+	Reserve       uint64 `protobuf:"varint,6,opt,name=reserve,proto3" json:"reserve,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestorePlanMemory) Reset() {
+	*x = RestorePlanMemory{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestorePlanMemory) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestorePlanMemory) ProtoMessage() {}
+
+func (x *RestorePlanMemory) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestorePlanMemory.ProtoReflect.Descriptor instead.
+func (*RestorePlanMemory) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RestorePlanMemory) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *RestorePlanMemory) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *RestorePlanMemory) GetLauncher() Launcher {
+	if x != nil {
+		return x.Launcher
+	}
+	return Launcher_LAUNCHER_UNSPECIFIED
+}
+
+func (x *RestorePlanMemory) GetRuns() bool {
+	if x != nil {
+		return x.Runs
+	}
+	return false
+}
+
+func (x *RestorePlanMemory) GetSavedIn() string {
+	if x != nil {
+		return x.SavedIn
+	}
+	return ""
+}
+
+func (x *RestorePlanMemory) GetReserve() uint64 {
+	if x != nil {
+		return x.Reserve
+	}
+	return 0
+}
+
 type RestorePlanDisk struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Device string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
@@ -834,7 +1016,7 @@ type RestorePlanDisk struct {
 
 func (x *RestorePlanDisk) Reset() {
 	*x = RestorePlanDisk{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +1028,7 @@ func (x *RestorePlanDisk) String() string {
 func (*RestorePlanDisk) ProtoMessage() {}
 
 func (x *RestorePlanDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -859,7 +1041,7 @@ func (x *RestorePlanDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestorePlanDisk.ProtoReflect.Descriptor instead.
 func (*RestorePlanDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RestorePlanDisk) GetDevice() string {
@@ -898,14 +1080,16 @@ const file_vmsnap_v1_restores_proto_rawDesc = "" +
 	"\n" +
 	"DiskChoice\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1a\n" +
-	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\"\xc8\x01\n" +
+	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\"\x91\x02\n" +
 	"\x16RestoreSnapshotRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12+\n" +
 	"\x05disks\x18\x02 \x03(\v2\x15.vmsnap.v1.DiskChoiceR\x05disks\x12\x18\n" +
 	"\aexclude\x18\x03 \x03(\tR\aexclude\x12,\n" +
 	"\x12no_safety_snapshot\x18\x04 \x01(\bR\x10noSafetySnapshot\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x05 \x01(\tR\trequestId\"\xec\x01\n" +
+	"request_id\x18\x05 \x01(\tR\trequestId\x12\x16\n" +
+	"\x06memory\x18\x06 \x01(\bR\x06memory\x12/\n" +
+	"\blauncher\x18\a \x01(\x0e2\x13.vmsnap.v1.LauncherR\blauncher\"\xec\x01\n" +
 	"\x16PreviewSnapshotRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12+\n" +
 	"\x05disks\x18\x02 \x03(\v2\x15.vmsnap.v1.DiskChoiceR\x05disks\x12\x18\n" +
@@ -937,19 +1121,33 @@ const file_vmsnap_v1_restores_proto_rawDesc = "" +
 	"\x17RestoreSnapshotResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"A\n" +
 	"\x13PlanRestoreResponse\x12*\n" +
-	"\x04plan\x18\x01 \x01(\v2\x16.vmsnap.v1.RestorePlanR\x04plan\"\xe6\x01\n" +
+	"\x04plan\x18\x01 \x01(\v2\x16.vmsnap.v1.RestorePlanR\x04plan\"\x9c\x02\n" +
 	"\vRestorePlan\x12\x17\n" +
 	"\avm_name\x18\x01 \x01(\tR\x06vmName\x12\x1a\n" +
 	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\x12\x12\n" +
 	"\x04live\x18\x03 \x01(\bR\x04live\x120\n" +
 	"\x05disks\x18\x04 \x03(\v2\x1a.vmsnap.v1.RestorePlanDiskR\x05disks\x12.\n" +
 	"\bwarnings\x18\x05 \x03(\v2\x12.vmsnap.v1.WarningR\bwarnings\x12,\n" +
-	"\bblockers\x18\x06 \x03(\v2\x10.vmsnap.v1.ErrorR\bblockers\"~\n" +
+	"\bblockers\x18\x06 \x03(\v2\x10.vmsnap.v1.ErrorR\bblockers\x124\n" +
+	"\x06memory\x18\a \x01(\v2\x1c.vmsnap.v1.RestorePlanMemoryR\x06memory\"\xb5\x01\n" +
+	"\x11RestorePlanMemory\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\x12/\n" +
+	"\blauncher\x18\x03 \x01(\x0e2\x13.vmsnap.v1.LauncherR\blauncher\x12\x12\n" +
+	"\x04runs\x18\x04 \x01(\bR\x04runs\x12\x19\n" +
+	"\bsaved_in\x18\x05 \x01(\tR\asavedIn\x12\x18\n" +
+	"\areserve\x18\x06 \x01(\x04R\areserve\"~\n" +
 	"\x0fRestorePlanDisk\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1a\n" +
 	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\x12\x14\n" +
 	"\x05layer\x18\x03 \x01(\tR\x05layer\x12!\n" +
-	"\fvirtual_size\x18\x04 \x01(\x04R\vvirtualSizeB1Z/github.com/vmsnap/vmsnap/api/vmsnap/v1;vmsnapv1b\x06proto3"
+	"\fvirtual_size\x18\x04 \x01(\x04R\vvirtualSize*w\n" +
+	"\bLauncher\x12\x18\n" +
+	"\x14LAUNCHER_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rLAUNCHER_UNIT\x10\x01\x12\x14\n" +
+	"\x10LAUNCHER_SYSTEMD\x10\x02\x12\x11\n" +
+	"\rLAUNCHER_EXEC\x10\x03\x12\x15\n" +
+	"\x11LAUNCHER_EXTERNAL\x10\x04B1Z/github.com/vmsnap/vmsnap/api/vmsnap/v1;vmsnapv1b\x06proto3"
 
 var (
 	file_vmsnap_v1_restores_proto_rawDescOnce sync.Once
@@ -963,46 +1161,52 @@ func file_vmsnap_v1_restores_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_restores_proto_rawDescData
 }
 
-var file_vmsnap_v1_restores_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_vmsnap_v1_restores_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_vmsnap_v1_restores_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_vmsnap_v1_restores_proto_goTypes = []any{
-	(*DiskChoice)(nil),              // 0: vmsnap.v1.DiskChoice
-	(*RestoreSnapshotRequest)(nil),  // 1: vmsnap.v1.RestoreSnapshotRequest
-	(*PreviewSnapshotRequest)(nil),  // 2: vmsnap.v1.PreviewSnapshotRequest
-	(*PreviewSnapshotResponse)(nil), // 3: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewRequest)(nil),       // 4: vmsnap.v1.GetPreviewRequest
-	(*GetPreviewResponse)(nil),      // 5: vmsnap.v1.GetPreviewResponse
-	(*Preview)(nil),                 // 6: vmsnap.v1.Preview
-	(*CommitPreviewRequest)(nil),    // 7: vmsnap.v1.CommitPreviewRequest
-	(*CommitPreviewResponse)(nil),   // 8: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewRequest)(nil),      // 9: vmsnap.v1.UndoPreviewRequest
-	(*UndoPreviewResponse)(nil),     // 10: vmsnap.v1.UndoPreviewResponse
-	(*RestoreSnapshotResponse)(nil), // 11: vmsnap.v1.RestoreSnapshotResponse
-	(*PlanRestoreResponse)(nil),     // 12: vmsnap.v1.PlanRestoreResponse
-	(*RestorePlan)(nil),             // 13: vmsnap.v1.RestorePlan
-	(*RestorePlanDisk)(nil),         // 14: vmsnap.v1.RestorePlanDisk
-	(*Operation)(nil),               // 15: vmsnap.v1.Operation
-	(*timestamppb.Timestamp)(nil),   // 16: google.protobuf.Timestamp
-	(*Warning)(nil),                 // 17: vmsnap.v1.Warning
-	(*Error)(nil),                   // 18: vmsnap.v1.Error
+	(Launcher)(0),                   // 0: vmsnap.v1.Launcher
+	(*DiskChoice)(nil),              // 1: vmsnap.v1.DiskChoice
+	(*RestoreSnapshotRequest)(nil),  // 2: vmsnap.v1.RestoreSnapshotRequest
+	(*PreviewSnapshotRequest)(nil),  // 3: vmsnap.v1.PreviewSnapshotRequest
+	(*PreviewSnapshotResponse)(nil), // 4: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewRequest)(nil),       // 5: vmsnap.v1.GetPreviewRequest
+	(*GetPreviewResponse)(nil),      // 6: vmsnap.v1.GetPreviewResponse
+	(*Preview)(nil),                 // 7: vmsnap.v1.Preview
+	(*CommitPreviewRequest)(nil),    // 8: vmsnap.v1.CommitPreviewRequest
+	(*CommitPreviewResponse)(nil),   // 9: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewRequest)(nil),      // 10: vmsnap.v1.UndoPreviewRequest
+	(*UndoPreviewResponse)(nil),     // 11: vmsnap.v1.UndoPreviewResponse
+	(*RestoreSnapshotResponse)(nil), // 12: vmsnap.v1.RestoreSnapshotResponse
+	(*PlanRestoreResponse)(nil),     // 13: vmsnap.v1.PlanRestoreResponse
+	(*RestorePlan)(nil),             // 14: vmsnap.v1.RestorePlan
+	(*RestorePlanMemory)(nil),       // 15: vmsnap.v1.RestorePlanMemory
+	(*RestorePlanDisk)(nil),         // 16: vmsnap.v1.RestorePlanDisk
+	(*Operation)(nil),               // 17: vmsnap.v1.Operation
+	(*timestamppb.Timestamp)(nil),   // 18: google.protobuf.Timestamp
+	(*Warning)(nil),                 // 19: vmsnap.v1.Warning
+	(*Error)(nil),                   // 20: vmsnap.v1.Error
 }
 var file_vmsnap_v1_restores_proto_depIdxs = []int32{
-	0,  // 0: vmsnap.v1.RestoreSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
-	0,  // 1: vmsnap.v1.PreviewSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
-	15, // 2: vmsnap.v1.PreviewSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	6,  // 3: vmsnap.v1.GetPreviewResponse.preview:type_name -> vmsnap.v1.Preview
-	16, // 4: vmsnap.v1.Preview.opened:type_name -> google.protobuf.Timestamp
-	15, // 5: vmsnap.v1.CommitPreviewResponse.operation:type_name -> vmsnap.v1.Operation
-	15, // 6: vmsnap.v1.UndoPreviewResponse.operation:type_name -> vmsnap.v1.Operation
-	15, // 7: vmsnap.v1.RestoreSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	13, // 8: vmsnap.v1.PlanRestoreResponse.plan:type_name -> vmsnap.v1.RestorePlan
-	14, // 9: vmsnap.v1.RestorePlan.disks:type_name -> vmsnap.v1.RestorePlanDisk
-	17, // 10: vmsnap.v1.RestorePlan.warnings:type_name -> vmsnap.v1.Warning
-	18, // 11: vmsnap.v1.RestorePlan.blockers:type_name -> vmsnap.v1.Error
-	12, // [12:12] is the sub-list for method output_type
-	12, // [12:12] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	1,  // 0: vmsnap.v1.RestoreSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
+	0,  // 1: vmsnap.v1.RestoreSnapshotRequest.launcher:type_name -> vmsnap.v1.Launcher
+	1,  // 2: vmsnap.v1.PreviewSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
+	17, // 3: vmsnap.v1.PreviewSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	7,  // 4: vmsnap.v1.GetPreviewResponse.preview:type_name -> vmsnap.v1.Preview
+	18, // 5: vmsnap.v1.Preview.opened:type_name -> google.protobuf.Timestamp
+	17, // 6: vmsnap.v1.CommitPreviewResponse.operation:type_name -> vmsnap.v1.Operation
+	17, // 7: vmsnap.v1.UndoPreviewResponse.operation:type_name -> vmsnap.v1.Operation
+	17, // 8: vmsnap.v1.RestoreSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	14, // 9: vmsnap.v1.PlanRestoreResponse.plan:type_name -> vmsnap.v1.RestorePlan
+	16, // 10: vmsnap.v1.RestorePlan.disks:type_name -> vmsnap.v1.RestorePlanDisk
+	19, // 11: vmsnap.v1.RestorePlan.warnings:type_name -> vmsnap.v1.Warning
+	20, // 12: vmsnap.v1.RestorePlan.blockers:type_name -> vmsnap.v1.Error
+	15, // 13: vmsnap.v1.RestorePlan.memory:type_name -> vmsnap.v1.RestorePlanMemory
+	0,  // 14: vmsnap.v1.RestorePlanMemory.launcher:type_name -> vmsnap.v1.Launcher
+	15, // [15:15] is the sub-list for method output_type
+	15, // [15:15] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_restores_proto_init() }
@@ -1016,13 +1220,14 @@ func file_vmsnap_v1_restores_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_restores_proto_rawDesc), len(file_vmsnap_v1_restores_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   15,
+			NumEnums:      1,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
 		GoTypes:           file_vmsnap_v1_restores_proto_goTypes,
 		DependencyIndexes: file_vmsnap_v1_restores_proto_depIdxs,
+		EnumInfos:         file_vmsnap_v1_restores_proto_enumTypes,
 		MessageInfos:      file_vmsnap_v1_restores_proto_msgTypes,
 	}.Build()
 	File_vmsnap_v1_restores_proto = out.File

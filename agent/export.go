@@ -61,7 +61,7 @@ func (a *Agent) export(ctx context.Context, o *op.Op, v *vm, s catalog.Snapshot,
 	if err := o.Step(ctx, "verify", c.verify); err != nil {
 		return err
 	}
-	return o.Step(ctx, "publish", func(ctx context.Context) error { return publishAll(ctx, o, []*outFile{c.out}) })
+	return o.Step(ctx, "publish", func(ctx context.Context) error { return publishAll(ctx, o, []*outFile{c.out}, nil) })
 }
 
 // copying is a full copy of a restore point being made.
@@ -76,8 +76,16 @@ type copying struct {
 	out      *outFile
 }
 
-// prepare opens what is read, and the place of what is made.
-func (c *copying) prepare(ctx context.Context, point catalog.SnapshotDisk, path string, who Caller) (err error) {
+// prepare opens what is read, and the place of what is made, which must have the
+// space for it.
+func (c *copying) prepare(ctx context.Context, point catalog.SnapshotDisk, path string, who Caller) error {
+	if err := c.open(ctx, point, path, who); err != nil {
+		return err
+	}
+	return c.enough(ctx)
+}
+
+func (c *copying) open(ctx context.Context, point catalog.SnapshotDisk, path string, who Caller) (err error) {
 	c.point = point
 	if c.chain, err = c.holdPoint(ctx, c.vm, point); err != nil {
 		return err
@@ -87,7 +95,7 @@ func (c *copying) prepare(ctx context.Context, point catalog.SnapshotDisk, path 
 		return err
 	}
 	c.o.Cleanup(func() { _ = c.out.close() })
-	return c.enough(ctx)
+	return nil
 }
 
 // enough fails when the copy cannot fit. What a compressed one takes is not known
@@ -134,14 +142,20 @@ func (c *copying) failure(err error) error {
 	return fault.New(kindOf(err), "VM %s: disk %s: copy it to %s: %w", c.vm.name(), c.point.Device, c.out.path(), err)
 }
 
-// publishAll gives files, which are whole, their names. From here on they stay.
-func publishAll(ctx context.Context, o *op.Op, files []*outFile) error {
+// publishAll gives files, which are whole, their names, after what has to be
+// recorded of them was recorded. From here on they stay.
+func publishAll(ctx context.Context, o *op.Op, files []*outFile, record func(context.Context) error) error {
 	if err := o.PointOfNoReturn(); err != nil {
 		return err
 	}
 	ctx = context.WithoutCancel(ctx)
 	for _, f := range files {
 		if err := o.Journal(ctx, entryComplete, f); err != nil {
+			return err
+		}
+	}
+	if record != nil {
+		if err := record(ctx); err != nil {
 			return err
 		}
 	}
@@ -155,8 +169,8 @@ func publishAll(ctx context.Context, o *op.Op, files []*outFile) error {
 }
 
 // recoverExport brings an export to its end whose agent is gone.
-func (a *Agent) recoverExport(ctx context.Context, o *op.Op, entries []op.Entry) error {
-	whole, err := a.recoverOut(ctx, o, entries)
+func (a *Agent) recoverExport(o *op.Op, entries []op.Entry) error {
+	whole, err := a.recoverOut(o, entries)
 	if err == nil && !whole {
 		err = errInterrupted()
 	}

@@ -67,6 +67,17 @@ func (f *outFile) taken() error {
 	return fault.New(fault.Exists, "%s is there already", f.path()).WithHint("choose another name, or remove it")
 }
 
+// ownedLike makes the file one for the owner of another: the QEMU that opens
+// that one can open this one.
+func (f *outFile) ownedLike(path string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return fmt.Errorf("owner of %s: %w", path, err)
+	}
+	f.UID, f.GID, f.Mode = st.Uid, st.Gid, st.Mode&0o777|0o600
+	return nil
+}
+
 // create makes the empty file under its partial name. The caller has journalled
 // it.
 func (f *outFile) create() error {
@@ -225,7 +236,7 @@ func (f *outFile) begin(ctx context.Context, o *op.Op) error {
 
 // recoverOut brings the new files of an operation to their end whose agent is
 // gone: those that were all whole get their names, else all are removed.
-func (a *Agent) recoverOut(ctx context.Context, o *op.Op, entries []op.Entry) (whole bool, err error) {
+func (a *Agent) recoverOut(o *op.Op, entries []op.Entry) (whole bool, err error) {
 	var made, complete []*outFile
 	for _, e := range entries {
 		if e.Kind != entryOut && e.Kind != entryComplete {
@@ -253,10 +264,17 @@ func (a *Agent) recoverOut(ctx context.Context, o *op.Op, entries []op.Entry) (w
 			err = errors.Join(f.publish(), f.close())
 		}
 		if err != nil {
-			return false, errors.Join(err, a.leftBehind(o, f.discard()))
+			break
 		}
 	}
-	return true, ctx.Err()
+	if err == nil {
+		return true, nil
+	}
+	errs := []error{}
+	for _, f := range complete {
+		errs = append(errs, f.discard())
+	}
+	return false, errors.Join(err, a.leftBehind(o, errors.Join(errs...)))
 }
 
 // leftBehind tells of files that could not be removed. They stand under names

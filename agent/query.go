@@ -110,7 +110,7 @@ func (r *run) view(v VMView) VMView {
 	case r.session == nil:
 	case r.status == "running":
 		v.State = Running
-	case r.status == "shutdown" || r.status == "postmigrate":
+	case r.status == "shutdown" || r.status == "postmigrate" && !r.saved:
 		v.State = Stopped
 	case r.status != "":
 		v.State = Paused
@@ -252,6 +252,7 @@ func (a *Agent) snapshotViews(ctx context.Context, shown, all []catalog.Snapshot
 					a.log.Warn("whether a VM runs a preview is not known", "vm", v.name(), "error", err)
 				}
 				v.place(those, history[id], previewed)
+				a.showClones(ctx, v, those)
 				v.lookAtSnapshots(ctx, those)
 			})
 		}

@@ -165,8 +165,10 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return a.recoverPreviewCommit(ctx, o, v)
 	case op.KindRestore, op.KindPreview, op.KindPreviewUndo:
 		return a.recoverRestore(ctx, o, v, rec, entries)
+	case op.KindClone:
+		return a.recoverClone(ctx, o, entries)
 	case op.KindExport:
-		return a.recoverExport(ctx, o, entries)
+		return a.recoverExport(o, entries)
 	}
 	c := &cut{Agent: a, o: o, vm: v, cutAt: rec.Started}
 	c.hooked()

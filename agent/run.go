@@ -38,6 +38,7 @@ type run struct {
 	disks    []liveDisk
 	how      string // how it ended, as far as QEMU told
 	saving   bool   // an operation of ours saves its memory
+	saved    bool   // one has, and the guest has not run since: postmigrate is no migration
 }
 
 func newRun(p discover.Process) *run {
@@ -255,7 +256,7 @@ func (a *Agent) makeUp(ctx context.Context, v *vm, r *run, s *monitor.Session) {
 func (r *run) setSaving(saving bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.saving = saving
+	r.saving, r.saved = saving, !saving && r.status != string(monitor.RunStateRunning)
 	if !saving && r.how == endedByMigration {
 		r.how = ""
 	}
@@ -293,10 +294,10 @@ func (r *run) event(e monitor.Event) {
 		r.how = "" // a shutdown that -no-shutdown survived does not count any more
 	case "MIGRATION":
 		if data.Status == "completed" && !r.saving {
-			r.how = endedByMigration
+			r.how, r.saved = endedByMigration, false
 		}
 	case "RESUME":
-		r.how = ""
+		r.how, r.saved = "", false
 	case "VSERPORT_CHANGE":
 		if data.ID != "" && data.ID == r.proc.GuestAgentDevice && r.proc.GuestAgent.Chardev != "" {
 			r.presence = presenceOf(data.Open)
@@ -327,8 +328,10 @@ func (r *run) refreshStatus(ctx context.Context, s *monitor.Session) error {
 	r.mu.Lock()
 	r.status = string(st.Status)
 	switch st.Status {
+	case monitor.RunStateRunning:
+		r.saved = false
 	case monitor.RunStatePostMigrate, monitor.RunStateFinishMigrate:
-		if !r.saving {
+		if !r.saving && !r.saved {
 			r.how = endedByMigration
 		}
 	}

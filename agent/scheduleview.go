@@ -281,6 +281,9 @@ func (a *Agent) verdicts(ctx context.Context, s catalog.Schedule, rule *schedule
 		if _, kept := snapshot.Labels[keepLabel]; kept {
 			p.Protected = "it has the label " + keepLabel
 		}
+		if snapshot.Template {
+			p.Protected = "it is a template"
+		}
 		points = append(points, p)
 	}
 	return a.retention(s.Spec).Judge(points, a.clock(), rule.Zone()), nil

@@ -240,6 +240,7 @@ type SnapshotView struct {
 	catalog.Snapshot
 	Layers map[string]LayerView // by layer id
 	Space  *SnapshotSpace       // nil until it has been measured, and when it cannot be
+	Clones []CloneView          // that lie on one of its restore points
 	Position
 	Here      *Position // where the VM's disks are now, if this is the parent of that; nil else
 	Previewed bool      // with Here: what they hold is a trial state

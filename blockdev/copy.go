@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 )
 
 // Held is a layer that is open for reading until Close. No QEMU can write to it
@@ -87,6 +88,23 @@ func (c Copy) Verify(ctx context.Context) error {
 		return fmt.Errorf("%w: %w", ErrDiffers, err)
 	}
 	return err
+}
+
+// Link makes an empty file a qcow2 that lies on a layer, which is not opened: its
+// path is written into the header as it is, with its format.
+func Link(ctx context.Context, to *os.File, path, format string, size uint64) error {
+	err := runWith(ctx, []*os.File{to}, nil, "create", "-q", "-f", "qcow2", "-u", "-b", path, "-F", format, childPath(0), strconv.FormatUint(size, 10))
+	if err != nil {
+		return err
+	}
+	h, err := ReadHeader(to)
+	if err != nil {
+		return err
+	}
+	if h.Backing != path || h.BackingFormat != format || h.VirtualSize != size {
+		return fmt.Errorf("the new image lies on %q (%s) and has %d bytes, and not on %q (%s) with %d", h.Backing, h.BackingFormat, h.VirtualSize, path, format, size)
+	}
+	return syncWithin(ctx, to)
 }
 
 // files are what qemu-img has open, from the descriptor 3 on.

@@ -66,7 +66,7 @@ func blocks(t *testing.T, file string) []block {
 			all = append(all, b)
 		case "yaml":
 			all = append(all, b)
-		case "mermaid", "proto", "json":
+		case "mermaid", "proto", "json", "js":
 		default:
 			t.Errorf("%s:%d: a block of the kind %q, which nobody proves", file, b.line, kind)
 		}

@@ -108,6 +108,8 @@ func (tx *Tx) DeleteLayer(ctx context.Context, id string) error {
 		UNION ALL
 		SELECT 'snapshot ' || s.vm_name || '/' || s.name FROM snapshot_disks d JOIN snapshots s ON s.id = d.snapshot WHERE d.layer = ?1
 		UNION ALL
+		SELECT 'clone ' || path FROM clones WHERE layer = ?1
+		UNION ALL
 		SELECT 'disk ' || v.name || '/' || d.device FROM disks d JOIN vms v ON v.id = d.vm WHERE d.active_layer = ?1`, id)
 	if err != nil {
 		return err

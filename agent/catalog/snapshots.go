@@ -11,7 +11,7 @@ import (
 
 const snapshotColumns = `id, vm, vm_name, name, description, labels, created, consistency,
 	quiesce_requested, quiesce_reason, quiesce_frozen, quiesce_total, freeze_window,
-	warnings, operation, config, partial, memory, automatic, group_cut`
+	warnings, operation, config, partial, memory, automatic, group_cut, template`
 
 // selectSnapshot selects snapshotColumns and the disks as JSON, so that one
 // statement tells a snapshot whole.
@@ -25,7 +25,7 @@ func scanSnapshot(row scanner) (Snapshot, error) {
 	var s Snapshot
 	err := row.Scan(&s.ID, &s.VMID, &s.VMName, &s.Name, &s.Description, jsonColumn{&s.Labels}, timeColumn{&s.Created}, &s.Consistency,
 		&s.Quiesce.Requested, &s.Quiesce.Reason, &s.Quiesce.Frozen, &s.Quiesce.Total, &s.Quiesce.Window,
-		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, &s.Automatic, jsonColumn{&s.Group}, diskColumn{&s.Disks})
+		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, &s.Automatic, jsonColumn{&s.Group}, &s.Template, diskColumn{&s.Disks})
 	return s, err
 }
 
@@ -109,10 +109,10 @@ func (tx *Tx) insertSnapshot(ctx context.Context, s Snapshot) error {
 	if err != nil {
 		return err
 	}
-	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		s.ID, s.VMID, s.VMName, s.Name, s.Description, labels, nanos(s.Created), s.Consistency,
 		s.Quiesce.Requested, s.Quiesce.Reason, s.Quiesce.Frozen, s.Quiesce.Total, int64(s.Quiesce.Window),
-		warnings, s.Operation, string(s.Config), s.Partial, memory, s.Automatic, group)
+		warnings, s.Operation, string(s.Config), s.Partial, memory, s.Automatic, group, s.Template)
 	if err != nil {
 		return err
 	}
@@ -181,13 +181,21 @@ func (tx *Tx) RenameSnapshot(ctx context.Context, id, name string) error {
 }
 
 // DeleteSnapshot forgets a snapshot. Its layers stay. It returns fault.NotFound
-// when there is no such snapshot.
+// when there is no such snapshot, and fault.Denied when it is a template.
 func (c *Catalog) DeleteSnapshot(ctx context.Context, id string) error {
 	return c.Update(ctx, func(tx *Tx) error { return tx.DeleteSnapshot(ctx, id) })
 }
 
 // DeleteSnapshot forgets a snapshot; see Catalog.DeleteSnapshot.
 func (tx *Tx) DeleteSnapshot(ctx context.Context, id string) error {
+	s, err := tx.Snapshot(ctx, id)
+	if err == nil && s.Template {
+		err = fault.New(fault.Denied, "snapshot %s/%s is a template", s.VMName, s.Name).
+			WithHint("vmsnap snapshot template %s/%s --off makes it a snapshot like others", s.VMName, s.Name)
+	}
+	if err != nil {
+		return err
+	}
 	n, err := tx.exec(ctx, "DELETE FROM snapshots WHERE id = ?", id)
 	if err == nil && n == 0 {
 		err = notFound("no snapshot with the id %q", id)

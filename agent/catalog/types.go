@@ -82,6 +82,7 @@ type Snapshot struct {
 	Memory      *SavedMemory    // nil when memory was not saved
 	Group       *GroupCut       // nil when it was taken by itself
 	Automatic   bool            // taken by a restore, of the state before
+	Template    bool            // it is not to be deleted
 }
 
 // GroupCut is what the snapshots of a group have in common.

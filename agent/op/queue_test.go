@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 
@@ -18,7 +19,8 @@ import (
 type bench struct {
 	t       *testing.T
 	r       *Runner
-	began   []string
+	mu      sync.Mutex
+	began   []string // under mu: recipes begin by themselves
 	release map[string]chan struct{}
 	ids     map[string]string
 }
@@ -31,7 +33,9 @@ func (b *bench) recipe(name string) Recipe {
 	end := make(chan struct{})
 	b.release[name] = end
 	return func(ctx context.Context, _ *Op) error {
+		b.mu.Lock()
 		b.began = append(b.began, name)
+		b.mu.Unlock()
 		select {
 		case <-end:
 			return nil
@@ -65,8 +69,10 @@ func (b *bench) end(names ...string) string {
 
 func (b *bench) news() string {
 	synctest.Wait()
+	b.mu.Lock()
 	began := strings.Join(b.began, " ")
 	b.began = nil
+	b.mu.Unlock()
 	return began
 }
 

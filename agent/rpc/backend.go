@@ -34,6 +34,9 @@ type Backend interface {
 	CommitPreview(ctx context.Context, vm string, uid uint32) (op.Record, error)
 	UndoPreview(ctx context.Context, vm string, uid uint32) (op.Record, error)
 	ExportSnapshot(ctx context.Context, req agent.ExportRequest) (op.Record, error)
+	CloneDisk(ctx context.Context, req agent.CloneDiskRequest) (op.Record, error)
+	ForgetClone(ctx context.Context, path string) error
+	SetTemplate(ctx context.Context, ref string, template bool) (agent.SnapshotView, error)
 
 	Operations(ctx context.Context, filter agent.OperationFilter) ([]op.Record, error)
 	Operation(ctx context.Context, id string) (op.Record, error)

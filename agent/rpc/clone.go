@@ -59,3 +59,52 @@ func checkPath(field, value string) error {
 	}
 	return checkLength(field, value, maxPath)
 }
+
+func (s snapshotService) CloneDisk(ctx context.Context, req *connect.Request[vmsnapv1.CloneDiskRequest]) (*connect.Response[vmsnapv1.CloneDiskResponse], error) {
+	msg := req.Msg
+	err := first(
+		checkRef("snapshot", msg.GetSnapshot()),
+		checkLength("disk", msg.GetDisk(), maxRef),
+		checkPath("path", msg.GetPath()),
+		checkLength("request_id", msg.GetRequestId(), maxRequestID),
+	)
+	if err != nil {
+		return nil, err
+	}
+	who, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	record, err := s.backend.CloneDisk(ctx, agent.CloneDiskRequest{
+		Snapshot: msg.GetSnapshot(), Disk: msg.GetDisk(), Full: msg.GetFull(), Path: msg.GetPath(), Caller: who, RequestID: msg.GetRequestId(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.CloneDiskResponse{Operation: operationProto(record)}), nil
+}
+
+func (s snapshotService) ForgetClone(ctx context.Context, req *connect.Request[vmsnapv1.ForgetCloneRequest]) (*connect.Response[vmsnapv1.ForgetCloneResponse], error) {
+	if err := checkPath("path", req.Msg.GetPath()); err != nil {
+		return nil, err
+	}
+	if err := s.backend.ForgetClone(ctx, req.Msg.GetPath()); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.ForgetCloneResponse{}), nil
+}
+
+func (s snapshotService) SetTemplate(ctx context.Context, req *connect.Request[vmsnapv1.SetTemplateRequest]) (*connect.Response[vmsnapv1.SetTemplateResponse], error) {
+	if err := checkRef("snapshot", req.Msg.GetSnapshot()); err != nil {
+		return nil, err
+	}
+	snapshot, err := s.backend.SetTemplate(ctx, req.Msg.GetSnapshot(), req.Msg.GetTemplate())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.SetTemplateResponse{Snapshot: snapshotProto(snapshot)}), nil
+}
+
+func cloneProto(c agent.CloneView) *vmsnapv1.Clone {
+	return &vmsnapv1.Clone{Disk: text(c.Disk), Path: text(c.Path), VmName: text(c.VM), Created: stamp(c.Created), Missing: c.Missing}
+}

@@ -204,6 +204,8 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		Memory:      memoryProto(s.Memory),
 		Group:       groupProto(s.Group),
 		Automatic:   s.Automatic,
+		Template:    s.Template,
+		Clones:      each(s.Clones, cloneProto),
 		Space:       snapshotSpaceProto(s.Space),
 		Position:    positionProto(s.Position),
 		Here:        hereProto(s.Here, s.Previewed),

@@ -72,6 +72,10 @@ var needed = map[string]Role{
 	vmsnapv1connect.SnapshotServiceUndoPreviewProcedure:     Admin,
 	// An export hands over what the guest has on its disk.
 	vmsnapv1connect.SnapshotServiceExportSnapshotProcedure: Admin,
+	vmsnapv1connect.SnapshotServiceCloneDiskProcedure:      Admin,
+	// Protections.
+	vmsnapv1connect.SnapshotServiceForgetCloneProcedure: Admin,
+	vmsnapv1connect.SnapshotServiceSetTemplateProcedure: Admin,
 
 	vmsnapv1connect.OperationServiceListOperationsProcedure:  Viewer,
 	vmsnapv1connect.OperationServiceGetOperationProcedure:    Viewer,

@@ -151,6 +151,12 @@ func TestOutput(t *testing.T) {
 		"export-json":           {line: "snapshot export web/before-upgrade /srv/a.raw --format raw -o json", setup: exports},
 		"export-detach":         {line: "snapshot export web/before-upgrade /srv/a.qcow2 --compress --detach", setup: exports},
 		"help-export":           {line: "snapshot export --help"},
+		"clone-disk":            {line: "snapshot clone web/before-upgrade /srv/a.qcow2 --disk root", setup: clones},
+		"clone-disk-full":       {line: "snapshot clone web/before-upgrade /srv/a.qcow2 --full", setup: clones},
+		"usage-clone-name":      {line: "snapshot clone web/before-upgrade a.qcow2"},
+		"template":              {line: "snapshot template web/nightly"},
+		"template-off":          {line: "snapshot template web/nightly --off"},
+		"disk-forget-unknown":   {line: "disk forget /srv/a.qcow2"},
 		"usage-export-format":   {line: "snapshot export web/nightly /srv/a --format vmdk"},
 		"usage-export-compress": {line: "snapshot export web/nightly /srv/a --format raw --compress"},
 		"rebuild":               {line: "doctor --rebuild --dir /srv/vm/web"},
@@ -241,6 +247,13 @@ func exports(b *rpctest.Backend) {
 			return op.Record{}, fmt.Errorf("an export of %+v", req)
 		}
 		return b.PutOperation(done(op.KindExport)), nil
+	}})
+}
+
+// clones has clones of disks succeed.
+func clones(b *rpctest.Backend) {
+	b.Script(rpctest.Script{CloneDisk: func(context.Context, agent.CloneDiskRequest) (op.Record, error) {
+		return b.PutOperation(done(op.KindClone)), nil
 	}})
 }
 

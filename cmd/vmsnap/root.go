@@ -104,7 +104,7 @@ its id will do.`,
   vmsnap snapshot create web before-upgrade --quiesce require
   vmsnap snapshot list web
   vmsnap operation list --active -o json`,
-	}, a.vm(), a.snapshot(), a.preview(), a.operation(), a.schedule(), a.event(), a.freeze(), a.thaw(), a.doctor(), a.version())
+	}, a.vm(), a.snapshot(), a.disk(), a.preview(), a.operation(), a.schedule(), a.event(), a.freeze(), a.thaw(), a.doctor(), a.version())
 	root.SilenceErrors, root.SilenceUsage = true, true
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usage(cmd, "%w", err)

@@ -24,6 +24,7 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 		"Taken", p.when(s.GetCreated()),
 		"Consistency", word(s.GetConsistency()),
 		"Partial", partial,
+		"Template", templateText(s.GetTemplate()),
 		"Parent", s.GetPosition().GetParentId(),
 		"Group", groupText(s.GetGroup()),
 		"Quiesce", quiesceText(s.GetQuiesce()),
@@ -47,7 +48,33 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 		rows = append(rows, row)
 	}
 	p.columns("  ", rows)
+	cloneList(p, s.GetClones())
 	warningList(p, s.GetWarnings())
+}
+
+func templateText(template bool) string {
+	if template {
+		return "yes: it cannot be deleted"
+	}
+	return ""
+}
+
+// cloneList shows what lies on the layers of a snapshot.
+func cloneList(p page, clones []*vmsnapv1.Clone) {
+	if len(clones) == 0 {
+		return
+	}
+	p.line("")
+	p.line("Linked clones:")
+	var rows [][]string
+	for _, c := range clones {
+		row := []string{c.GetDisk(), c.GetPath(), c.GetVmName(), p.ago(c.GetCreated())}
+		if c.GetMissing() {
+			row = append(row, "missing: moved or removed")
+		}
+		rows = append(rows, row)
+	}
+	p.columns("  ", rows)
 }
 
 func snapshotSpaceText(p page, s *vmsnapv1.SnapshotSpace) string {

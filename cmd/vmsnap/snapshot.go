@@ -16,8 +16,8 @@ import (
 func (a *app) snapshot() *cobra.Command {
 	return a.group(&cobra.Command{
 		Use:   "snapshot",
-		Short: "Take, show, restore, export, verify and rename snapshots",
-	}, a.snapshotCreate(), a.snapshotCreateGroup(), a.snapshotList(), a.snapshotShow(), a.snapshotRestore(), a.snapshotPreview(), a.snapshotExport(), a.snapshotVerify(), a.snapshotRename())
+		Short: "Take, show, restore, export, clone, verify and rename snapshots",
+	}, a.snapshotCreate(), a.snapshotCreateGroup(), a.snapshotList(), a.snapshotShow(), a.snapshotRestore(), a.snapshotPreview(), a.snapshotExport(), a.snapshotClone(), a.snapshotTemplate(), a.snapshotVerify(), a.snapshotRename())
 }
 
 func (a *app) snapshotList() *cobra.Command {
@@ -146,10 +146,14 @@ func snapshotsResult(msg *vmsnapv1.ListSnapshotsResponse) result {
 func snapshotName(s *vmsnapv1.Snapshot) string { return s.GetVmName() + "/" + s.GetName() }
 
 func consistencyText(s *vmsnapv1.Snapshot) string {
+	text := word(s.GetConsistency())
 	if s.GetPartial() {
-		return word(s.GetConsistency()) + ",partial"
+		text += ",partial"
 	}
-	return word(s.GetConsistency())
+	if s.GetTemplate() {
+		text += ",template"
+	}
+	return text
 }
 
 func diskCount(s *vmsnapv1.Snapshot) string {

@@ -104,6 +104,9 @@ func snapshotNotes(s *vmsnapv1.Snapshot, names map[string]string) []string {
 	if s.GetAutomatic() {
 		notes = append(notes, "automatic")
 	}
+	if s.GetTemplate() {
+		notes = append(notes, "template")
+	}
 	if m := s.GetMemory(); m != nil {
 		notes = append(notes, "memory "+size(m.GetSize()))
 	}

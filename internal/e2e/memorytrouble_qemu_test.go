@@ -184,6 +184,7 @@ func TestQEMUAPausedVMStaysPaused(t *testing.T) {
 		}
 		if q.Name == "7.2" { // which has no way to save a paused VM and leave it as it was
 			h.eventually(eventLimit, "it is said to have been saved", func() error { return h.shows(vm.name, "run_state", "postmigrate") })
+			h.await(vm.name, "paused")
 			if w := h.snapshot(vm.name + "/s").Warnings; len(w) != 1 || w[0].Code != "vm-left-postmigrate" {
 				t.Errorf("nobody was warned: %+v", w)
 			}

@@ -23,6 +23,7 @@ type Script struct {
 	Restore     func(context.Context, agent.RestoreRequest) (op.Record, error)
 	OpenPreview func(context.Context, agent.PreviewRequest) (op.Record, error)
 	Export      func(context.Context, agent.ExportRequest) (op.Record, error)
+	CloneDisk   func(context.Context, agent.CloneDiskRequest) (op.Record, error)
 	Freeze      func(context.Context, agent.FreezeRequest) (agent.FreezeView, error)
 	Thaw        func(context.Context, string) (agent.ThawResult, error)
 	Forget      func(context.Context, string, bool) ([]string, error)

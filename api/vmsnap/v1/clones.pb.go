@@ -207,6 +207,311 @@ func (x *ExportSnapshotResponse) GetOperation() *Operation {
 	return nil
 }
 
+type CloneDiskRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// VM/NAME or id.
+	Snapshot string `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// A disk of the snapshot. May be empty when it holds one disk only.
+	Disk string `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`
+	// Copy the data, so that the clone depends on nothing. Else it lies on the
+	// snapshot's layer, which cannot be deleted while it does.
+	Full bool `protobuf:"varint,3,opt,name=full,proto3" json:"full,omitempty"`
+	// Where the clone is made; as in ExportSnapshotRequest. What root makes belongs
+	// to the owner of the disk's layer.
+	Path string `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`
+	// Makes a repeated request return the first one's operation. Kept 30 days.
+	RequestId     string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloneDiskRequest) Reset() {
+	*x = CloneDiskRequest{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloneDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloneDiskRequest) ProtoMessage() {}
+
+func (x *CloneDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloneDiskRequest.ProtoReflect.Descriptor instead.
+func (*CloneDiskRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *CloneDiskRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *CloneDiskRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *CloneDiskRequest) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+func (x *CloneDiskRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *CloneDiskRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type CloneDiskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloneDiskResponse) Reset() {
+	*x = CloneDiskResponse{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloneDiskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloneDiskResponse) ProtoMessage() {}
+
+func (x *CloneDiskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloneDiskResponse.ProtoReflect.Descriptor instead.
+func (*CloneDiskResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CloneDiskResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+type ForgetCloneRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where the clone was made.
+	Path          string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetCloneRequest) Reset() {
+	*x = ForgetCloneRequest{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetCloneRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetCloneRequest) ProtoMessage() {}
+
+func (x *ForgetCloneRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetCloneRequest.ProtoReflect.Descriptor instead.
+func (*ForgetCloneRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ForgetCloneRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type ForgetCloneResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForgetCloneResponse) Reset() {
+	*x = ForgetCloneResponse{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForgetCloneResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForgetCloneResponse) ProtoMessage() {}
+
+func (x *ForgetCloneResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForgetCloneResponse.ProtoReflect.Descriptor instead.
+func (*ForgetCloneResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{5}
+}
+
+type SetTemplateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// VM/NAME or id.
+	Snapshot      string `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	Template      bool   `protobuf:"varint,2,opt,name=template,proto3" json:"template,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetTemplateRequest) Reset() {
+	*x = SetTemplateRequest{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetTemplateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetTemplateRequest) ProtoMessage() {}
+
+func (x *SetTemplateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetTemplateRequest.ProtoReflect.Descriptor instead.
+func (*SetTemplateRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *SetTemplateRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *SetTemplateRequest) GetTemplate() bool {
+	if x != nil {
+		return x.Template
+	}
+	return false
+}
+
+type SetTemplateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      *Snapshot              `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetTemplateResponse) Reset() {
+	*x = SetTemplateResponse{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetTemplateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetTemplateResponse) ProtoMessage() {}
+
+func (x *SetTemplateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetTemplateResponse.ProtoReflect.Descriptor instead.
+func (*SetTemplateResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *SetTemplateResponse) GetSnapshot() *Snapshot {
+	if x != nil {
+		return x.Snapshot
+	}
+	return nil
+}
+
 var File_vmsnap_v1_clones_proto protoreflect.FileDescriptor
 
 const file_vmsnap_v1_clones_proto_rawDesc = "" +
@@ -221,7 +526,24 @@ const file_vmsnap_v1_clones_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x06 \x01(\tR\trequestId\"L\n" +
 	"\x16ExportSnapshotResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation*Y\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"\x89\x01\n" +
+	"\x10CloneDiskRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x12\n" +
+	"\x04disk\x18\x02 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04full\x18\x03 \x01(\bR\x04full\x12\x12\n" +
+	"\x04path\x18\x04 \x01(\tR\x04path\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x05 \x01(\tR\trequestId\"G\n" +
+	"\x11CloneDiskResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"(\n" +
+	"\x12ForgetCloneRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\x15\n" +
+	"\x13ForgetCloneResponse\"L\n" +
+	"\x12SetTemplateRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x1a\n" +
+	"\btemplate\x18\x02 \x01(\bR\btemplate\"F\n" +
+	"\x13SetTemplateResponse\x12/\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x13.vmsnap.v1.SnapshotR\bsnapshot*Y\n" +
 	"\vImageFormat\x12\x1c\n" +
 	"\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12IMAGE_FORMAT_QCOW2\x10\x01\x12\x14\n" +
@@ -240,21 +562,30 @@ func file_vmsnap_v1_clones_proto_rawDescGZIP() []byte {
 }
 
 var file_vmsnap_v1_clones_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vmsnap_v1_clones_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_vmsnap_v1_clones_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_vmsnap_v1_clones_proto_goTypes = []any{
 	(ImageFormat)(0),               // 0: vmsnap.v1.ImageFormat
 	(*ExportSnapshotRequest)(nil),  // 1: vmsnap.v1.ExportSnapshotRequest
 	(*ExportSnapshotResponse)(nil), // 2: vmsnap.v1.ExportSnapshotResponse
-	(*Operation)(nil),              // 3: vmsnap.v1.Operation
+	(*CloneDiskRequest)(nil),       // 3: vmsnap.v1.CloneDiskRequest
+	(*CloneDiskResponse)(nil),      // 4: vmsnap.v1.CloneDiskResponse
+	(*ForgetCloneRequest)(nil),     // 5: vmsnap.v1.ForgetCloneRequest
+	(*ForgetCloneResponse)(nil),    // 6: vmsnap.v1.ForgetCloneResponse
+	(*SetTemplateRequest)(nil),     // 7: vmsnap.v1.SetTemplateRequest
+	(*SetTemplateResponse)(nil),    // 8: vmsnap.v1.SetTemplateResponse
+	(*Operation)(nil),              // 9: vmsnap.v1.Operation
+	(*Snapshot)(nil),               // 10: vmsnap.v1.Snapshot
 }
 var file_vmsnap_v1_clones_proto_depIdxs = []int32{
-	0, // 0: vmsnap.v1.ExportSnapshotRequest.format:type_name -> vmsnap.v1.ImageFormat
-	3, // 1: vmsnap.v1.ExportSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	2, // [2:2] is the sub-list for method output_type
-	2, // [2:2] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	0,  // 0: vmsnap.v1.ExportSnapshotRequest.format:type_name -> vmsnap.v1.ImageFormat
+	9,  // 1: vmsnap.v1.ExportSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	9,  // 2: vmsnap.v1.CloneDiskResponse.operation:type_name -> vmsnap.v1.Operation
+	10, // 3: vmsnap.v1.SetTemplateResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	4,  // [4:4] is the sub-list for method output_type
+	4,  // [4:4] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_clones_proto_init() }
@@ -269,7 +600,7 @@ func file_vmsnap_v1_clones_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_clones_proto_rawDesc), len(file_vmsnap_v1_clones_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   2,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -2641,7 +2641,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\n" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse\x12U\n" +
-	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xbc\t\n" +
+	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xa0\v\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12L\n" +
 	"\vCreateGroup\x12\x1d.vmsnap.v1.CreateGroupRequest\x1a\x1e.vmsnap.v1.CreateGroupResponse\x12V\n" +
@@ -2657,7 +2657,10 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\rCommitPreview\x12\x1f.vmsnap.v1.CommitPreviewRequest\x1a .vmsnap.v1.CommitPreviewResponse\x12L\n" +
 	"\vUndoPreview\x12\x1d.vmsnap.v1.UndoPreviewRequest\x1a\x1e.vmsnap.v1.UndoPreviewResponse\x12U\n" +
 	"\vPlanRestore\x12!.vmsnap.v1.RestoreSnapshotRequest\x1a\x1e.vmsnap.v1.PlanRestoreResponse\"\x03\x90\x02\x01\x12U\n" +
-	"\x0eExportSnapshot\x12 .vmsnap.v1.ExportSnapshotRequest\x1a!.vmsnap.v1.ExportSnapshotResponse2\xf7\x02\n" +
+	"\x0eExportSnapshot\x12 .vmsnap.v1.ExportSnapshotRequest\x1a!.vmsnap.v1.ExportSnapshotResponse\x12F\n" +
+	"\tCloneDisk\x12\x1b.vmsnap.v1.CloneDiskRequest\x1a\x1c.vmsnap.v1.CloneDiskResponse\x12L\n" +
+	"\vForgetClone\x12\x1d.vmsnap.v1.ForgetCloneRequest\x1a\x1e.vmsnap.v1.ForgetCloneResponse\x12L\n" +
+	"\vSetTemplate\x12\x1d.vmsnap.v1.SetTemplateRequest\x1a\x1e.vmsnap.v1.SetTemplateResponse2\xf7\x02\n" +
 	"\x10OperationService\x12Z\n" +
 	"\x0eListOperations\x12 .vmsnap.v1.ListOperationsRequest\x1a!.vmsnap.v1.ListOperationsResponse\"\x03\x90\x02\x01\x12T\n" +
 	"\fGetOperation\x12\x1e.vmsnap.v1.GetOperationRequest\x1a\x1f.vmsnap.v1.GetOperationResponse\"\x03\x90\x02\x01\x12W\n" +
@@ -2738,13 +2741,19 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*CommitPreviewRequest)(nil),    // 57: vmsnap.v1.CommitPreviewRequest
 	(*UndoPreviewRequest)(nil),      // 58: vmsnap.v1.UndoPreviewRequest
 	(*ExportSnapshotRequest)(nil),   // 59: vmsnap.v1.ExportSnapshotRequest
-	(*RestoreSnapshotResponse)(nil), // 60: vmsnap.v1.RestoreSnapshotResponse
-	(*PreviewSnapshotResponse)(nil), // 61: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewResponse)(nil),      // 62: vmsnap.v1.GetPreviewResponse
-	(*CommitPreviewResponse)(nil),   // 63: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewResponse)(nil),     // 64: vmsnap.v1.UndoPreviewResponse
-	(*PlanRestoreResponse)(nil),     // 65: vmsnap.v1.PlanRestoreResponse
-	(*ExportSnapshotResponse)(nil),  // 66: vmsnap.v1.ExportSnapshotResponse
+	(*CloneDiskRequest)(nil),        // 60: vmsnap.v1.CloneDiskRequest
+	(*ForgetCloneRequest)(nil),      // 61: vmsnap.v1.ForgetCloneRequest
+	(*SetTemplateRequest)(nil),      // 62: vmsnap.v1.SetTemplateRequest
+	(*RestoreSnapshotResponse)(nil), // 63: vmsnap.v1.RestoreSnapshotResponse
+	(*PreviewSnapshotResponse)(nil), // 64: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewResponse)(nil),      // 65: vmsnap.v1.GetPreviewResponse
+	(*CommitPreviewResponse)(nil),   // 66: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewResponse)(nil),     // 67: vmsnap.v1.UndoPreviewResponse
+	(*PlanRestoreResponse)(nil),     // 68: vmsnap.v1.PlanRestoreResponse
+	(*ExportSnapshotResponse)(nil),  // 69: vmsnap.v1.ExportSnapshotResponse
+	(*CloneDiskResponse)(nil),       // 70: vmsnap.v1.CloneDiskResponse
+	(*ForgetCloneResponse)(nil),     // 71: vmsnap.v1.ForgetCloneResponse
+	(*SetTemplateResponse)(nil),     // 72: vmsnap.v1.SetTemplateResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	44, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
@@ -2807,38 +2816,44 @@ var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	58, // 57: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
 	54, // 58: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
 	59, // 59: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
-	34, // 60: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	36, // 61: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	38, // 62: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	40, // 63: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	1,  // 64: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 65: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	13, // 66: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	15, // 67: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	17, // 68: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	6,  // 69: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 70: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	10, // 71: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
-	19, // 72: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	21, // 73: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
-	24, // 74: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	29, // 75: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	31, // 76: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	33, // 77: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	23, // 78: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	60, // 79: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	61, // 80: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
-	62, // 81: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
-	63, // 82: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
-	64, // 83: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
-	65, // 84: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	66, // 85: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	35, // 86: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	37, // 87: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	39, // 88: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	41, // 89: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	64, // [64:90] is the sub-list for method output_type
-	38, // [38:64] is the sub-list for method input_type
+	60, // 60: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
+	61, // 61: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
+	62, // 62: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
+	34, // 63: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	36, // 64: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	38, // 65: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	40, // 66: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	1,  // 67: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 68: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	13, // 69: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	15, // 70: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	17, // 71: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	6,  // 72: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 73: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	10, // 74: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
+	19, // 75: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	21, // 76: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
+	24, // 77: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	29, // 78: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	31, // 79: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	33, // 80: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	23, // 81: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	63, // 82: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	64, // 83: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	65, // 84: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	66, // 85: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	67, // 86: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	68, // 87: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	69, // 88: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	70, // 89: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
+	71, // 90: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
+	72, // 91: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
+	35, // 92: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	37, // 93: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	39, // 94: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	41, // 95: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	67, // [67:96] is the sub-list for method output_type
+	38, // [38:67] is the sub-list for method input_type
 	38, // [38:38] is the sub-list for extension type_name
 	38, // [38:38] is the sub-list for extension extendee
 	0,  // [0:38] is the sub-list for field type_name

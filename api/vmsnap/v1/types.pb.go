@@ -1481,6 +1481,10 @@ type Snapshot struct {
 	Memory *SnapshotMemory `protobuf:"bytes,14,opt,name=memory,proto3" json:"memory,omitempty"`
 	// Taken by a restore, of the state before.
 	Automatic bool `protobuf:"varint,18,opt,name=automatic,proto3" json:"automatic,omitempty"`
+	// It is not to be deleted.
+	Template bool `protobuf:"varint,21,opt,name=template,proto3" json:"template,omitempty"`
+	// Linked clones, which need it.
+	Clones []*Clone `protobuf:"bytes,20,rep,name=clones,proto3" json:"clones,omitempty"`
 	// What it takes. Absent until it has been measured, and when it cannot be.
 	Space *SnapshotSpace `protobuf:"bytes,15,opt,name=space,proto3" json:"space,omitempty"`
 	// Where it stands in the tree of the VM's snapshots.
@@ -1629,6 +1633,20 @@ func (x *Snapshot) GetAutomatic() bool {
 	return false
 }
 
+func (x *Snapshot) GetTemplate() bool {
+	if x != nil {
+		return x.Template
+	}
+	return false
+}
+
+func (x *Snapshot) GetClones() []*Clone {
+	if x != nil {
+		return x.Clones
+	}
+	return nil
+}
+
 func (x *Snapshot) GetSpace() *SnapshotSpace {
 	if x != nil {
 		return x.Space
@@ -1657,6 +1675,87 @@ func (x *Snapshot) GetGroup() *GroupCut {
 	return nil
 }
 
+// Clone is an image that lies on a layer of a snapshot.
+type Clone struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The disk that it is a clone of.
+	Disk string `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	// Where it was made.
+	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// The VM that it was made for. Empty for a disk alone.
+	VmName  string                 `protobuf:"bytes,3,opt,name=vm_name,json=vmName,proto3" json:"vm_name,omitempty"`
+	Created *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=created,proto3" json:"created,omitempty"`
+	// It is not there any more. It may have been moved, and is then still needed.
+	Missing       bool `protobuf:"varint,5,opt,name=missing,proto3" json:"missing,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Clone) Reset() {
+	*x = Clone{}
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Clone) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Clone) ProtoMessage() {}
+
+func (x *Clone) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Clone.ProtoReflect.Descriptor instead.
+func (*Clone) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Clone) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *Clone) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Clone) GetVmName() string {
+	if x != nil {
+		return x.VmName
+	}
+	return ""
+}
+
+func (x *Clone) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+func (x *Clone) GetMissing() bool {
+	if x != nil {
+		return x.Missing
+	}
+	return false
+}
+
 // Position says where a state of a VM stands in the tree of its snapshots.
 type Position struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1672,7 +1771,7 @@ type Position struct {
 
 func (x *Position) Reset() {
 	*x = Position{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1684,7 +1783,7 @@ func (x *Position) String() string {
 func (*Position) ProtoMessage() {}
 
 func (x *Position) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1697,7 +1796,7 @@ func (x *Position) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Position.ProtoReflect.Descriptor instead.
 func (*Position) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Position) GetParentId() string {
@@ -1726,7 +1825,7 @@ type Stray struct {
 
 func (x *Stray) Reset() {
 	*x = Stray{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1738,7 +1837,7 @@ func (x *Stray) String() string {
 func (*Stray) ProtoMessage() {}
 
 func (x *Stray) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1751,7 +1850,7 @@ func (x *Stray) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stray.ProtoReflect.Descriptor instead.
 func (*Stray) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Stray) GetDevice() string {
@@ -1782,7 +1881,7 @@ type Here struct {
 
 func (x *Here) Reset() {
 	*x = Here{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1794,7 +1893,7 @@ func (x *Here) String() string {
 func (*Here) ProtoMessage() {}
 
 func (x *Here) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1807,7 +1906,7 @@ func (x *Here) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Here.ProtoReflect.Descriptor instead.
 func (*Here) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Here) GetStrays() []*Stray {
@@ -1841,7 +1940,7 @@ type SnapshotSpace struct {
 
 func (x *SnapshotSpace) Reset() {
 	*x = SnapshotSpace{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1853,7 +1952,7 @@ func (x *SnapshotSpace) String() string {
 func (*SnapshotSpace) ProtoMessage() {}
 
 func (x *SnapshotSpace) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1866,7 +1965,7 @@ func (x *SnapshotSpace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotSpace.ProtoReflect.Descriptor instead.
 func (*SnapshotSpace) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SnapshotSpace) GetExclusive() uint64 {
@@ -1922,7 +2021,7 @@ type SnapshotMemory struct {
 
 func (x *SnapshotMemory) Reset() {
 	*x = SnapshotMemory{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1934,7 +2033,7 @@ func (x *SnapshotMemory) String() string {
 func (*SnapshotMemory) ProtoMessage() {}
 
 func (x *SnapshotMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1947,7 +2046,7 @@ func (x *SnapshotMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotMemory.ProtoReflect.Descriptor instead.
 func (*SnapshotMemory) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{16}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SnapshotMemory) GetPath() string {
@@ -2036,7 +2135,7 @@ type QuiesceResult struct {
 
 func (x *QuiesceResult) Reset() {
 	*x = QuiesceResult{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2048,7 +2147,7 @@ func (x *QuiesceResult) String() string {
 func (*QuiesceResult) ProtoMessage() {}
 
 func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2061,7 +2160,7 @@ func (x *QuiesceResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QuiesceResult.ProtoReflect.Descriptor instead.
 func (*QuiesceResult) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{17}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *QuiesceResult) GetRequested() Quiesce {
@@ -2118,7 +2217,7 @@ type SnapshotDisk struct {
 
 func (x *SnapshotDisk) Reset() {
 	*x = SnapshotDisk{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2130,7 +2229,7 @@ func (x *SnapshotDisk) String() string {
 func (*SnapshotDisk) ProtoMessage() {}
 
 func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2143,7 +2242,7 @@ func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
 func (*SnapshotDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{18}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SnapshotDisk) GetDevice() string {
@@ -2230,7 +2329,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2242,7 +2341,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2255,7 +2354,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{19}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Operation) GetId() string {
@@ -2406,7 +2505,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2418,7 +2517,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2431,7 +2530,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{20}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Step) GetName() string {
@@ -2488,7 +2587,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_vmsnap_v1_types_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2500,7 +2599,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_types_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_types_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2513,7 +2612,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{21}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Progress) GetDone() uint64 {
@@ -2659,7 +2758,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x18\n" +
 	"\amembers\x18\x03 \x01(\rR\amembers\x12-\n" +
-	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\"\xb4\x06\n" +
+	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\"\xfa\x06\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
 	"\x05vm_id\x18\x02 \x01(\tR\x04vmId\x12\x17\n" +
@@ -2676,14 +2775,22 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x05disks\x18\f \x03(\v2\x17.vmsnap.v1.SnapshotDiskR\x05disks\x12\x18\n" +
 	"\apartial\x18\r \x01(\bR\apartial\x121\n" +
 	"\x06memory\x18\x0e \x01(\v2\x19.vmsnap.v1.SnapshotMemoryR\x06memory\x12\x1c\n" +
-	"\tautomatic\x18\x12 \x01(\bR\tautomatic\x12.\n" +
+	"\tautomatic\x18\x12 \x01(\bR\tautomatic\x12\x1a\n" +
+	"\btemplate\x18\x15 \x01(\bR\btemplate\x12(\n" +
+	"\x06clones\x18\x14 \x03(\v2\x10.vmsnap.v1.CloneR\x06clones\x12.\n" +
 	"\x05space\x18\x0f \x01(\v2\x18.vmsnap.v1.SnapshotSpaceR\x05space\x12/\n" +
 	"\bposition\x18\x10 \x01(\v2\x13.vmsnap.v1.PositionR\bposition\x12#\n" +
 	"\x04here\x18\x11 \x01(\v2\x0f.vmsnap.v1.HereR\x04here\x12)\n" +
 	"\x05group\x18\x13 \x01(\v2\x13.vmsnap.v1.GroupCutR\x05group\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Q\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x98\x01\n" +
+	"\x05Clone\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x17\n" +
+	"\avm_name\x18\x03 \x01(\tR\x06vmName\x124\n" +
+	"\acreated\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x18\n" +
+	"\amissing\x18\x05 \x01(\bR\amissing\"Q\n" +
 	"\bPosition\x12\x1b\n" +
 	"\tparent_id\x18\x01 \x01(\tR\bparentId\x12(\n" +
 	"\x06strays\x18\x02 \x03(\v2\x10.vmsnap.v1.StrayR\x06strays\"@\n" +
@@ -2826,7 +2933,7 @@ func file_vmsnap_v1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_vmsnap_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_vmsnap_v1_types_proto_goTypes = []any{
 	(ErrorCode)(0),                // 0: vmsnap.v1.ErrorCode
 	(Consistency)(0),              // 1: vmsnap.v1.Consistency
@@ -2847,19 +2954,20 @@ var file_vmsnap_v1_types_proto_goTypes = []any{
 	(*Problem)(nil),               // 16: vmsnap.v1.Problem
 	(*GroupCut)(nil),              // 17: vmsnap.v1.GroupCut
 	(*Snapshot)(nil),              // 18: vmsnap.v1.Snapshot
-	(*Position)(nil),              // 19: vmsnap.v1.Position
-	(*Stray)(nil),                 // 20: vmsnap.v1.Stray
-	(*Here)(nil),                  // 21: vmsnap.v1.Here
-	(*SnapshotSpace)(nil),         // 22: vmsnap.v1.SnapshotSpace
-	(*SnapshotMemory)(nil),        // 23: vmsnap.v1.SnapshotMemory
-	(*QuiesceResult)(nil),         // 24: vmsnap.v1.QuiesceResult
-	(*SnapshotDisk)(nil),          // 25: vmsnap.v1.SnapshotDisk
-	(*Operation)(nil),             // 26: vmsnap.v1.Operation
-	(*Step)(nil),                  // 27: vmsnap.v1.Step
-	(*Progress)(nil),              // 28: vmsnap.v1.Progress
-	nil,                           // 29: vmsnap.v1.Snapshot.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
+	(*Clone)(nil),                 // 19: vmsnap.v1.Clone
+	(*Position)(nil),              // 20: vmsnap.v1.Position
+	(*Stray)(nil),                 // 21: vmsnap.v1.Stray
+	(*Here)(nil),                  // 22: vmsnap.v1.Here
+	(*SnapshotSpace)(nil),         // 23: vmsnap.v1.SnapshotSpace
+	(*SnapshotMemory)(nil),        // 24: vmsnap.v1.SnapshotMemory
+	(*QuiesceResult)(nil),         // 25: vmsnap.v1.QuiesceResult
+	(*SnapshotDisk)(nil),          // 26: vmsnap.v1.SnapshotDisk
+	(*Operation)(nil),             // 27: vmsnap.v1.Operation
+	(*Step)(nil),                  // 28: vmsnap.v1.Step
+	(*Progress)(nil),              // 29: vmsnap.v1.Progress
+	nil,                           // 30: vmsnap.v1.Snapshot.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
 }
 var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	0,  // 0: vmsnap.v1.Error.code:type_name -> vmsnap.v1.ErrorCode
@@ -2869,51 +2977,53 @@ var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	14, // 4: vmsnap.v1.VM.disks:type_name -> vmsnap.v1.Disk
 	16, // 5: vmsnap.v1.VM.problems:type_name -> vmsnap.v1.Problem
 	13, // 6: vmsnap.v1.VM.freeze:type_name -> vmsnap.v1.Freeze
-	30, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
-	30, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
+	31, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
+	31, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
 	10, // 9: vmsnap.v1.VM.space:type_name -> vmsnap.v1.VMSpace
-	30, // 10: vmsnap.v1.VMSpace.measured:type_name -> google.protobuf.Timestamp
-	30, // 11: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
+	31, // 10: vmsnap.v1.VMSpace.measured:type_name -> google.protobuf.Timestamp
+	31, // 11: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
 	6,  // 12: vmsnap.v1.GuestAgent.presence:type_name -> vmsnap.v1.GuestAgent.Presence
-	30, // 13: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
-	30, // 14: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
+	31, // 13: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
+	31, // 14: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
 	15, // 15: vmsnap.v1.Disk.layers:type_name -> vmsnap.v1.Layer
-	31, // 16: vmsnap.v1.GroupCut.skew:type_name -> google.protobuf.Duration
-	29, // 17: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
-	30, // 18: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	32, // 16: vmsnap.v1.GroupCut.skew:type_name -> google.protobuf.Duration
+	30, // 17: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
+	31, // 18: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	1,  // 19: vmsnap.v1.Snapshot.consistency:type_name -> vmsnap.v1.Consistency
-	24, // 20: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
+	25, // 20: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
 	8,  // 21: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
-	25, // 22: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
-	23, // 23: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
-	22, // 24: vmsnap.v1.Snapshot.space:type_name -> vmsnap.v1.SnapshotSpace
-	19, // 25: vmsnap.v1.Snapshot.position:type_name -> vmsnap.v1.Position
-	21, // 26: vmsnap.v1.Snapshot.here:type_name -> vmsnap.v1.Here
-	17, // 27: vmsnap.v1.Snapshot.group:type_name -> vmsnap.v1.GroupCut
-	20, // 28: vmsnap.v1.Position.strays:type_name -> vmsnap.v1.Stray
-	20, // 29: vmsnap.v1.Here.strays:type_name -> vmsnap.v1.Stray
-	30, // 30: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
-	3,  // 31: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	31, // 32: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
-	31, // 33: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
-	2,  // 34: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
-	31, // 35: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
-	5,  // 36: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
-	28, // 37: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
-	27, // 38: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
-	8,  // 39: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
-	7,  // 40: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
-	30, // 41: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
-	30, // 42: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
-	30, // 43: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
-	30, // 44: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
-	30, // 45: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
-	31, // 46: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
-	47, // [47:47] is the sub-list for method output_type
-	47, // [47:47] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	26, // 22: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
+	24, // 23: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
+	19, // 24: vmsnap.v1.Snapshot.clones:type_name -> vmsnap.v1.Clone
+	23, // 25: vmsnap.v1.Snapshot.space:type_name -> vmsnap.v1.SnapshotSpace
+	20, // 26: vmsnap.v1.Snapshot.position:type_name -> vmsnap.v1.Position
+	22, // 27: vmsnap.v1.Snapshot.here:type_name -> vmsnap.v1.Here
+	17, // 28: vmsnap.v1.Snapshot.group:type_name -> vmsnap.v1.GroupCut
+	31, // 29: vmsnap.v1.Clone.created:type_name -> google.protobuf.Timestamp
+	21, // 30: vmsnap.v1.Position.strays:type_name -> vmsnap.v1.Stray
+	21, // 31: vmsnap.v1.Here.strays:type_name -> vmsnap.v1.Stray
+	31, // 32: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
+	3,  // 33: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	32, // 34: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
+	32, // 35: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
+	2,  // 36: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
+	32, // 37: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
+	5,  // 38: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
+	29, // 39: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
+	28, // 40: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
+	8,  // 41: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
+	7,  // 42: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
+	31, // 43: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
+	31, // 44: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
+	31, // 45: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
+	31, // 46: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
+	31, // 47: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
+	32, // 48: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
+	49, // [49:49] is the sub-list for method output_type
+	49, // [49:49] is the sub-list for method input_type
+	49, // [49:49] is the sub-list for extension type_name
+	49, // [49:49] is the sub-list for extension extendee
+	0,  // [0:49] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_types_proto_init() }
@@ -2927,7 +3037,7 @@ func file_vmsnap_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_types_proto_rawDesc), len(file_vmsnap_v1_types_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

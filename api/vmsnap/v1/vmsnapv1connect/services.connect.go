@@ -96,6 +96,15 @@ const (
 	// SnapshotServiceExportSnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// ExportSnapshot RPC.
 	SnapshotServiceExportSnapshotProcedure = "/vmsnap.v1.SnapshotService/ExportSnapshot"
+	// SnapshotServiceCloneDiskProcedure is the fully-qualified name of the SnapshotService's CloneDisk
+	// RPC.
+	SnapshotServiceCloneDiskProcedure = "/vmsnap.v1.SnapshotService/CloneDisk"
+	// SnapshotServiceForgetCloneProcedure is the fully-qualified name of the SnapshotService's
+	// ForgetClone RPC.
+	SnapshotServiceForgetCloneProcedure = "/vmsnap.v1.SnapshotService/ForgetClone"
+	// SnapshotServiceSetTemplateProcedure is the fully-qualified name of the SnapshotService's
+	// SetTemplate RPC.
+	SnapshotServiceSetTemplateProcedure = "/vmsnap.v1.SnapshotService/SetTemplate"
 	// OperationServiceListOperationsProcedure is the fully-qualified name of the OperationService's
 	// ListOperations RPC.
 	OperationServiceListOperationsProcedure = "/vmsnap.v1.OperationService/ListOperations"
@@ -419,6 +428,12 @@ type SnapshotServiceClient interface {
 	PlanRestore(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error)
 	// ExportSnapshot starts an operation that makes a standalone image of one disk.
 	ExportSnapshot(context.Context, *connect.Request[v1.ExportSnapshotRequest]) (*connect.Response[v1.ExportSnapshotResponse], error)
+	// CloneDisk starts an operation that makes a disk from one of the snapshot's.
+	CloneDisk(context.Context, *connect.Request[v1.CloneDiskRequest]) (*connect.Response[v1.CloneDiskResponse], error)
+	// ForgetClone removes the record of a linked clone that is gone.
+	ForgetClone(context.Context, *connect.Request[v1.ForgetCloneRequest]) (*connect.Response[v1.ForgetCloneResponse], error)
+	// SetTemplate says whether a snapshot is a template, which is not deleted.
+	SetTemplate(context.Context, *connect.Request[v1.SetTemplateRequest]) (*connect.Response[v1.SetTemplateResponse], error)
 }
 
 // NewSnapshotServiceClient constructs a client for the vmsnap.v1.SnapshotService service. By
@@ -521,6 +536,24 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(snapshotServiceMethods.ByName("ExportSnapshot")),
 			connect.WithClientOptions(opts...),
 		),
+		cloneDisk: connect.NewClient[v1.CloneDiskRequest, v1.CloneDiskResponse](
+			httpClient,
+			baseURL+SnapshotServiceCloneDiskProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("CloneDisk")),
+			connect.WithClientOptions(opts...),
+		),
+		forgetClone: connect.NewClient[v1.ForgetCloneRequest, v1.ForgetCloneResponse](
+			httpClient,
+			baseURL+SnapshotServiceForgetCloneProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("ForgetClone")),
+			connect.WithClientOptions(opts...),
+		),
+		setTemplate: connect.NewClient[v1.SetTemplateRequest, v1.SetTemplateResponse](
+			httpClient,
+			baseURL+SnapshotServiceSetTemplateProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("SetTemplate")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -540,6 +573,9 @@ type snapshotServiceClient struct {
 	undoPreview     *connect.Client[v1.UndoPreviewRequest, v1.UndoPreviewResponse]
 	planRestore     *connect.Client[v1.RestoreSnapshotRequest, v1.PlanRestoreResponse]
 	exportSnapshot  *connect.Client[v1.ExportSnapshotRequest, v1.ExportSnapshotResponse]
+	cloneDisk       *connect.Client[v1.CloneDiskRequest, v1.CloneDiskResponse]
+	forgetClone     *connect.Client[v1.ForgetCloneRequest, v1.ForgetCloneResponse]
+	setTemplate     *connect.Client[v1.SetTemplateRequest, v1.SetTemplateResponse]
 }
 
 // CreateSnapshot calls vmsnap.v1.SnapshotService.CreateSnapshot.
@@ -612,6 +648,21 @@ func (c *snapshotServiceClient) ExportSnapshot(ctx context.Context, req *connect
 	return c.exportSnapshot.CallUnary(ctx, req)
 }
 
+// CloneDisk calls vmsnap.v1.SnapshotService.CloneDisk.
+func (c *snapshotServiceClient) CloneDisk(ctx context.Context, req *connect.Request[v1.CloneDiskRequest]) (*connect.Response[v1.CloneDiskResponse], error) {
+	return c.cloneDisk.CallUnary(ctx, req)
+}
+
+// ForgetClone calls vmsnap.v1.SnapshotService.ForgetClone.
+func (c *snapshotServiceClient) ForgetClone(ctx context.Context, req *connect.Request[v1.ForgetCloneRequest]) (*connect.Response[v1.ForgetCloneResponse], error) {
+	return c.forgetClone.CallUnary(ctx, req)
+}
+
+// SetTemplate calls vmsnap.v1.SnapshotService.SetTemplate.
+func (c *snapshotServiceClient) SetTemplate(ctx context.Context, req *connect.Request[v1.SetTemplateRequest]) (*connect.Response[v1.SetTemplateResponse], error) {
+	return c.setTemplate.CallUnary(ctx, req)
+}
+
 // SnapshotServiceHandler is an implementation of the vmsnap.v1.SnapshotService service.
 type SnapshotServiceHandler interface {
 	// CreateSnapshot starts an operation.
@@ -643,6 +694,12 @@ type SnapshotServiceHandler interface {
 	PlanRestore(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.PlanRestoreResponse], error)
 	// ExportSnapshot starts an operation that makes a standalone image of one disk.
 	ExportSnapshot(context.Context, *connect.Request[v1.ExportSnapshotRequest]) (*connect.Response[v1.ExportSnapshotResponse], error)
+	// CloneDisk starts an operation that makes a disk from one of the snapshot's.
+	CloneDisk(context.Context, *connect.Request[v1.CloneDiskRequest]) (*connect.Response[v1.CloneDiskResponse], error)
+	// ForgetClone removes the record of a linked clone that is gone.
+	ForgetClone(context.Context, *connect.Request[v1.ForgetCloneRequest]) (*connect.Response[v1.ForgetCloneResponse], error)
+	// SetTemplate says whether a snapshot is a template, which is not deleted.
+	SetTemplate(context.Context, *connect.Request[v1.SetTemplateRequest]) (*connect.Response[v1.SetTemplateResponse], error)
 }
 
 // NewSnapshotServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -741,6 +798,24 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 		connect.WithSchema(snapshotServiceMethods.ByName("ExportSnapshot")),
 		connect.WithHandlerOptions(opts...),
 	)
+	snapshotServiceCloneDiskHandler := connect.NewUnaryHandler(
+		SnapshotServiceCloneDiskProcedure,
+		svc.CloneDisk,
+		connect.WithSchema(snapshotServiceMethods.ByName("CloneDisk")),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServiceForgetCloneHandler := connect.NewUnaryHandler(
+		SnapshotServiceForgetCloneProcedure,
+		svc.ForgetClone,
+		connect.WithSchema(snapshotServiceMethods.ByName("ForgetClone")),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServiceSetTemplateHandler := connect.NewUnaryHandler(
+		SnapshotServiceSetTemplateProcedure,
+		svc.SetTemplate,
+		connect.WithSchema(snapshotServiceMethods.ByName("SetTemplate")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/vmsnap.v1.SnapshotService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SnapshotServiceCreateSnapshotProcedure:
@@ -771,6 +846,12 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 			snapshotServicePlanRestoreHandler.ServeHTTP(w, r)
 		case SnapshotServiceExportSnapshotProcedure:
 			snapshotServiceExportSnapshotHandler.ServeHTTP(w, r)
+		case SnapshotServiceCloneDiskProcedure:
+			snapshotServiceCloneDiskHandler.ServeHTTP(w, r)
+		case SnapshotServiceForgetCloneProcedure:
+			snapshotServiceForgetCloneHandler.ServeHTTP(w, r)
+		case SnapshotServiceSetTemplateProcedure:
+			snapshotServiceSetTemplateHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -834,6 +915,18 @@ func (UnimplementedSnapshotServiceHandler) PlanRestore(context.Context, *connect
 
 func (UnimplementedSnapshotServiceHandler) ExportSnapshot(context.Context, *connect.Request[v1.ExportSnapshotRequest]) (*connect.Response[v1.ExportSnapshotResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.ExportSnapshot is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) CloneDisk(context.Context, *connect.Request[v1.CloneDiskRequest]) (*connect.Response[v1.CloneDiskResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.CloneDisk is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) ForgetClone(context.Context, *connect.Request[v1.ForgetCloneRequest]) (*connect.Response[v1.ForgetCloneResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.ForgetClone is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) SetTemplate(context.Context, *connect.Request[v1.SetTemplateRequest]) (*connect.Response[v1.SetTemplateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.SetTemplate is not implemented"))
 }
 
 // OperationServiceClient is a client for the vmsnap.v1.OperationService service.

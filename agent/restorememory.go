@@ -276,9 +276,16 @@ func (r *restore) loadInto(ctx context.Context, run *run, path string) error {
 	err = memdump.Load(ctx, memdump.LoadConfig{
 		Session: s, Dir: root, Name: name, ID: r.o.ID(), Progress: func(done, total uint64) { r.o.Progress(done, total, "bytes") },
 	})
-	if err != nil {
-		return fault.New(kindOf(err), "VM %s: %w", r.vm.name(), err).
+	if errors.Is(err, memdump.ErrLoad) {
+		said := ""
+		if r.child != nil {
+			said = r.child.Said()
+		}
+		return fault.New(fault.Failed, "VM %s: %w%s", r.vm.name(), err, said).
 			WithHint("the new QEMU must be the same machine as the one that was saved: its version, -cpu, -m and devices")
+	}
+	if err != nil {
+		return fault.New(kindOf(err), "VM %s: %w", r.vm.name(), err)
 	}
 	return nil
 }

@@ -185,6 +185,19 @@ func (l *Launched) Failed(ctx context.Context) error {
 	}
 }
 
+// Said returns what QEMU has printed, to stand behind an error, or where that is;
+// "" when it is not known.
+func (l *Launched) Said() string {
+	switch l.spec.Launcher {
+	case Exec:
+		return "; QEMU said: " + l.spec.printed()
+	case Unit, Systemd:
+		return "; journalctl -u " + l.spec.Unit + " has what QEMU said"
+	default:
+		return ""
+	}
+}
+
 // Kill kills a child that does not daemonize, of which nothing may be needed any
 // more. What others have started is theirs to end.
 func (l *Launched) Kill() {

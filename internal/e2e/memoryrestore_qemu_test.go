@@ -56,5 +56,46 @@ func TestQEMURestoreMemory(t *testing.T) {
 		counts(t, g, "and back")
 		h.guestHolds(g, "broken")
 		thawed(t, g)
+		h.failsToLoad(g)
 	})
+}
+
+// failsToLoad has restores of the snapshot "good" go wrong: the guest runs on.
+func (h *host) failsToLoad(g *testvm.Guest) {
+	h.t.Helper()
+	before, saved := g.PID(), len(memoryFiles(h.t, g.Dir))
+	good := g.Name + "/good"
+	h.fails(2, "goes only with all of its disks", "snapshot", "restore", good, "--memory", "--disk", "root")
+	alter(h.t, h.memoryOf(good))
+	h.fails(1, "altered", "snapshot", "restore", good, "--memory")
+	if g.PID() != before {
+		h.t.Errorf("QEMU is another process after a restore that was refused")
+	}
+	counts(h.t, g, "refused")
+	alter(h.t, h.memoryOf(good)) // as it was
+
+	// A QEMU that is another machine than the one that was saved.
+	db := h.database()
+	res, err := db.ExecContext(h.ctx(), `UPDATE snapshots SET config = replace(config, '"192"', '"256"') WHERE name = 'good'`)
+	if err == nil {
+		err = db.Close()
+	}
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if n, err := res.RowsAffected(); n != 1 || err != nil {
+		h.t.Fatal(n, err)
+	}
+	h.fails(1, "could not load the memory", "snapshot", "restore", good, "--memory")
+	h.followed(g, "after a load that failed")
+	counts(h.t, g, "after a load that failed")
+	h.guestHolds(g, "broken")
+	if n := len(memoryFiles(h.t, g.Dir)); n != saved {
+		h.t.Errorf("%d memory files, were %d", n, saved)
+	}
+	if n := len(processes(h.t, g.UUID)); n != 1 {
+		h.t.Errorf("%d QEMU processes", n)
+	}
+	h.must("snapshot", "create", g.Name, "after", "--memory", "--quiesce", "require")
+	counts(h.t, g, "in the end")
 }

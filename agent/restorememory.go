@@ -61,6 +61,9 @@ func (r *restore) withMemory(ctx context.Context, s catalog.Snapshot, p *restore
 	}
 	r.o.Plan(r.stepsWithMemory())
 	err := r.o.Step(ctx, "verify", func(ctx context.Context) error {
+		if err := m.New.Probe(ctx); err != nil {
+			return err
+		}
 		return verifySaved(ctx, s, func(done, total uint64) { r.o.Progress(done, total, "bytes") })
 	})
 	if err != nil {

@@ -188,3 +188,15 @@ func TestExecFails(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A child of a user without rights cannot be another user's QEMU.
+func TestExecUser(t *testing.T) {
+	m := Machine{Command: []string{"qemu"}, UID: os.Geteuid() + 1}
+	if err := m.canExec(); (err == nil) != (os.Geteuid() == 0) {
+		t.Error(err)
+	}
+	m.UID = os.Geteuid()
+	if err := m.canExec(); err != nil {
+		t.Error(err)
+	}
+}

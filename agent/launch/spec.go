@@ -3,6 +3,7 @@ package launch
 import (
 	"context"
 	"fmt"
+	"os"
 	"path"
 	"path/filepath"
 	"strings"
@@ -140,14 +141,11 @@ func Choose(ctx context.Context, m Machine, want Kind, pid int) (Kind, error) {
 		return "", fault.New(fault.Unsupported, "vmsnapd cannot start its QEMU: %s", strings.Join(why, "; ")).
 			WithHint("--launcher external leaves the start to the VM's own launcher")
 	}
-	if want == Exec {
-		return want, nil
+	if want == Exec || want == Automatic && !systemd.Running() {
+		return Exec, m.canExec()
 	}
 	if !systemd.Running() {
-		if want != Automatic {
-			return "", fault.New(fault.Unsupported, "launcher %s: systemd does not run on this host", want)
-		}
-		return Exec, nil
+		return "", fault.New(fault.Unsupported, "launcher %s: systemd does not run on this host", want)
 	}
 	if want == Systemd {
 		return want, nil
@@ -164,6 +162,19 @@ func Choose(ctx context.Context, m Machine, want Kind, pid int) (Kind, error) {
 	default:
 		return Systemd, nil
 	}
+}
+
+// canExec fails when a child of ours could not be the user that QEMU ran as.
+func (m Machine) canExec() error {
+	uid := m.UID
+	if m.dropsPrivileges() {
+		uid = 0
+	}
+	if own := os.Geteuid(); own != 0 && own != uid {
+		return fault.New(fault.Unsupported, "launcher exec: QEMU ran as user %d, and vmsnapd runs as user %d", uid, own).
+			WithHint("--launcher systemd can start it; docs/launchers.md says what systemd has to allow")
+	}
+	return nil
 }
 
 // notOwn says why the unit that QEMU ran in is not the VM's own, through which it

@@ -2,6 +2,7 @@ package launch
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -54,6 +55,42 @@ func (s Spec) Start(ctx context.Context) (*Launched, error) {
 		return nil, s.failed(err)
 	}
 	return &Launched{spec: s}, nil
+}
+
+// Probe finds out, while nothing depends on it, whether this process may start what
+// the specification says: it starts something that does nothing in the same way.
+func (s Spec) Probe(ctx context.Context) error {
+	if s.Launcher != Unit && s.Launcher != Systemd {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, startWithin)
+	defer cancel()
+	units, err := systemd.ConnectUnits(ctx)
+	if err != nil {
+		return s.mayNot(err)
+	}
+	defer units.Close()
+	err = units.StartTransient(ctx, systemd.TransientService{
+		Name: "vmsnap-" + s.Operation + "-probe.service", Description: "Whether vmsnapd may start VM " + s.VM, Command: []string{"/bin/sh", "-c", ":"},
+	})
+	if err == nil && s.Launcher == Unit {
+		if err = units.Override(ctx, s.Unit, dropIn, "[Service]\n"); err == nil {
+			err = units.Restore(ctx, s.Unit, dropIn)
+		}
+	}
+	if err != nil {
+		return s.mayNot(err)
+	}
+	return nil
+}
+
+func (s Spec) mayNot(err error) error {
+	kind := fault.Failed
+	if errors.Is(err, systemd.ErrDenied) || errors.Is(err, os.ErrPermission) {
+		kind = fault.Denied
+	}
+	return fault.New(kind, "VM %s: vmsnapd could not start its QEMU again (launcher %s): %w", s.VM, s.Launcher, err).
+		WithHint("docs/launchers.md says what systemd has to allow; --launcher exec or external does without it")
 }
 
 // startUnit starts the VM's own unit with another command, for this once.

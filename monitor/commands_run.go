@@ -126,23 +126,34 @@ func (s *Session) ResetAndWait(ctx context.Context) error {
 	}
 }
 
-// AwaitGuestReset waits until the guest has reset itself, as the events of a
-// subscription to RESET tell, or the context or the session ends. A nil
-// subscription is one to what comes from now on.
+// resetsQuiet is how long no reset comes once those of a firmware are over: it
+// asks for one in several ways, one after the other (tryReboot in SeaBIOS'
+// src/resume.c), and QEMU does each that was asked for in time.
+const resetsQuiet = time.Second
+
+// AwaitGuestReset waits until the guest has reset itself and has done so for the
+// last time, as the events of a subscription to RESET tell, or the context or the
+// session ends. A nil subscription is one to what comes from now on.
 func (s *Session) AwaitGuestReset(ctx context.Context, sub *Subscription) {
 	if sub == nil {
 		sub = s.Subscribe(8, "RESET")
 		defer sub.Close()
 	}
+	var quiet <-chan time.Time // nil until the guest has reset itself
 	for {
 		select {
 		case e, ok := <-sub.C:
+			if !ok {
+				return
+			}
 			var data struct {
 				Guest bool `json:"guest"`
 			}
-			if !ok || e.Decode(&data) == nil && data.Guest {
-				return
+			if e.Decode(&data) == nil && data.Guest {
+				quiet = time.After(resetsQuiet)
 			}
+		case <-quiet:
+			return
 		case <-ctx.Done():
 			return
 		}

@@ -17,6 +17,7 @@ import (
 // ails returns the doctor's finding of a code.
 func (h *host) ails(vm, code string, flags ...string) finding {
 	h.t.Helper()
+	h.eventually(eventLimit, "no operation runs on "+vm, h.idle)
 	found := h.findings(vm, flags...)
 	i := slices.IndexFunc(found, func(f finding) bool { return f.Code == code })
 	if i < 0 {

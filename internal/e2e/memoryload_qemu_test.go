@@ -42,7 +42,7 @@ func goBack(t *testing.T, q testvm.QEMU, g *testvm.Guest, disks []snapshotDisk, 
 	}
 	err := g.Load(t.Context(), func(ctx context.Context) error { return load(ctx, g, memory) })
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%s: %v", memory, err)
 	}
 }
 

@@ -255,9 +255,12 @@ func (h *host) takenBack(vm *still, name string, layers int, when string) {
 	if j := h.journal(); len(j) > 0 {
 		h.t.Errorf("%s: journal %v", when, j)
 	}
-	if g := h.guards(); len(g) > 0 {
-		h.t.Errorf("%s: processes %v", when, g)
-	}
+	h.eventually(eventLimit, when+": no guard is left", func() error {
+		if g := h.guards(); len(g) > 0 {
+			return fmt.Errorf("processes %v", g)
+		}
+		return nil
+	})
 	vm.check(when)
 	h.noOrphans(vm, when)
 }

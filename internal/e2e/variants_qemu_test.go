@@ -529,6 +529,12 @@ func TestQEMUNamesThatNobodyChose(t *testing.T) {
 				vm.kill()
 				vm.start()
 			}
+			h.eventually(eventLimit, "the disks are known", func() error {
+				if known := h.disksOf(vm.name); len(known) != 2 || known["root"].NotCuttable != "" || known["nodes"].NotCuttable != "" {
+					return fmt.Errorf("%+v", known)
+				}
+				return nil
+			})
 			disks := h.disksOf(vm.name)
 			for _, id := range []string{"root", "nodes"} {
 				d := disks[id]

@@ -7,6 +7,9 @@
 // already it freezes, sends the one transaction, and thaws, and does nothing
 // else (bare.go). vmsnap is used through its API, as a controller does.
 //
+// A restore in place stands beside a bare stop, reset and resume of the same
+// guest, which change no disk (restore.go).
+//
 // The rival of snapshots with memory is libvirt (virsh snapshot-create-as --live
 // --memspec) with an equal guest, in a libvirtd of the benchmark's own, which
 // the host's is not touched by (libvirt.go). The guest changes its memory at a

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
@@ -17,13 +18,13 @@ func main() {
 	var c config
 	flag.IntVar(&c.rounds, "rounds", 20, "how often each of vmsnap and its rival takes a snapshot, on each QEMU")
 	flag.BoolVar(&c.short, "short", false, "few rounds, as CI runs it")
-	flag.StringVar(&c.only, "only", "", "measure only this: windows, api or memory")
+	flag.StringVar(&c.only, "only", "", "measure only this: "+strings.Join(parts, ", "))
 	flag.StringVar(&c.results, "results", "bench/results", "where to leave the results; empty leaves none")
 	flag.Parse()
 	if c.short {
 		c.rounds = shortRounds
 	}
-	if flag.NArg() > 0 || c.rounds < 1 || !slices.Contains([]string{"", partWindows, partAPI, partMemory}, c.only) {
+	if flag.NArg() > 0 || c.rounds < 1 || c.only != "" && !slices.Contains(parts, c.only) {
 		flag.Usage()
 		os.Exit(2)
 	}
@@ -46,8 +47,11 @@ type config struct {
 const (
 	partWindows = "windows"
 	partAPI     = "api"
+	partRestore = "restore"
 	partMemory  = "memory"
 )
+
+var parts = []string{partWindows, partAPI, partRestore, partMemory}
 
 // wants tells whether a part is to be measured.
 func (c config) wants(part string) bool { return c.only == "" || c.only == part }
@@ -71,6 +75,7 @@ func run(ctx context.Context, c config) error {
 	for i, q := range versions {
 		last := i == len(versions)-1
 		if err := measure(ctx, c, r, q, last); err != nil {
+			fmt.Print(r.table()) // of what was measured until then
 			if ctx.Err() != nil {
 				return errors.New("interrupted")
 			}
@@ -96,6 +101,11 @@ func run(ctx context.Context, c config) error {
 func measure(ctx context.Context, c config, r *report, q testvm.QEMU, api bool) error {
 	if api = api && c.wants(partAPI); api || c.wants(partWindows) {
 		if err := measureDisks(ctx, c, r, q, api); err != nil {
+			return err
+		}
+	}
+	if c.wants(partRestore) {
+		if err := measureRestores(ctx, c, r, q); err != nil {
 			return err
 		}
 	}

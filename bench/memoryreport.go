@@ -16,7 +16,7 @@ func (r *report) addMemory(m memoryRuns) {
 		r.rows = append(r.rows, w)
 	}
 	compare := func(measure string, budget float64, figure func(save) time.Duration) {
-		a, b := figures(m.ours, figure), figures(m.libvirt, figure)
+		a, b := each(m.ours, figure), each(m.libvirt, figure)
 		add(row{ours: spread(a), rival: "libvirt " + spread(b), ratio: float64(median(a)) / float64(median(b)), budget: budget}, measure)
 	}
 	pause := func(s save) time.Duration { return s.pause }
@@ -25,7 +25,7 @@ func (r *report) addMemory(m memoryRuns) {
 		pauseBudget = maxPauseRatio
 	}
 	compare("pause", pauseBudget, pause)
-	pauses := figures(m.ours, pause)
+	pauses := each(m.ours, pause)
 	add(row{
 		ours: short(median(pauses)), rival: short(maxPause) + " allowed",
 		ratio: float64(median(pauses)) / float64(maxPause), budget: 1,
@@ -41,7 +41,7 @@ func (r *report) addMemory(m memoryRuns) {
 	compare("longest vCPU gap before it, with no save", 0, func(s save) time.Duration { return s.alone })
 	compare("snapshot create", 0, func(s save) time.Duration { return s.took })
 	size := func(s save) int64 { return s.size }
-	ours, theirs := median(figures(m.ours, size)), median(figures(m.libvirt, size))
+	ours, theirs := median(each(m.ours, size)), median(each(m.libvirt, size))
 	add(row{ours: mib(ours), rival: "libvirt " + mib(theirs), ratio: float64(ours) / float64(theirs)}, "file")
 	r.addRates(m, add)
 	r.runMemory(m)
@@ -97,15 +97,6 @@ func (r *report) runMemory(m memoryRuns) {
 			r.run(fmt.Sprintf("MemoryFloor/qemu=%s/dirty=%d/by=%s", m.qemu, m.rate, by.name), one.took, measurement{"file-bytes", one.bytes})
 		}
 	}
-}
-
-// figures returns one figure of every save.
-func figures[T any](saves []save, figure func(save) T) []T {
-	var values []T
-	for _, s := range saves {
-		values = append(values, figure(s))
-	}
-	return values
 }
 
 // middle returns the median of rates, in bytes a second.

@@ -18,11 +18,11 @@ func quantile[T ~int64](values []T, q float64) T {
 
 func median[T ~int64](values []T) T { return quantile(values, 0.5) }
 
-// each returns one figure of every cut.
-func each(cuts []cut, figure func(cut) time.Duration) []time.Duration {
-	var values []time.Duration
-	for _, c := range cuts {
-		values = append(values, figure(c))
+// each returns one figure of every run.
+func each[R, F any](runs []R, figure func(R) F) []F {
+	var values []F
+	for _, r := range runs {
+		values = append(values, figure(r))
 	}
 	return values
 }

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"sync"
 	"time"
@@ -12,14 +14,17 @@ import (
 // dirtyEvery is the time between two bursts of changes.
 const dirtyEvery = 5 * time.Millisecond
 
-// dirtier changes memory at a steady rate: a word of each page, page after page
-// of its working set, round and round.
+// dirtier changes memory at a steady rate: the words of each page, page after
+// page of its working set, round and round. Each page holds the number of the
+// round that changed it last, which finds out pages of different instants.
 type dirtier struct {
 	mu     sync.Mutex
 	memory []byte
 	rate   int64 // bytes per second
-	at     int
+	at     int   // the page to change next, in bytes
+	round  uint64
 	runs   bool
+	err    error // the first page that was not of the round it must be of
 }
 
 // set changes the working set and the rate, both in bytes. The working set is
@@ -55,7 +60,7 @@ func (d *dirtier) resize(size int64) error {
 		}
 		d.memory = nil
 	}
-	d.at = 0
+	d.at, d.round = 0, 1
 	if size == 0 {
 		return nil
 	}
@@ -82,15 +87,42 @@ func (d *dirtier) run() {
 	}
 }
 
+// verify returns an error if any page was ever found, or is now, of another
+// round than it must be of.
+func (d *dirtier) verify() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	page := os.Getpagesize()
+	for at := 0; at < len(d.memory); at += page {
+		want := d.round
+		if at >= d.at {
+			want--
+		}
+		d.check(at, want)
+	}
+	return d.err
+}
+
+// check is called with mu held.
+func (d *dirtier) check(at int, want uint64) {
+	got, not := word(d.memory[at:]), word(d.memory[at+8:])
+	if d.err == nil && (got != want || not != ^want && want > 0) {
+		d.err = fmt.Errorf("the page at %d of %d holds rounds %d and %d in round %d, at %d: memory is not of one instant",
+			at, len(d.memory), got, ^not, d.round, d.at)
+	}
+}
+
 // change changes so many bytes, by the page. It is called with mu held.
 func (d *dirtier) change(bytes int) {
 	page := os.Getpagesize()
 	for ; bytes > 0; bytes -= page {
+		d.check(d.at, d.round-1)
 		// No page is ever of one repeated byte.
-		d.memory[d.at]++
-		d.memory[d.at+1] = ^d.memory[d.at]
+		binary.LittleEndian.PutUint64(d.memory[d.at:], d.round)
+		binary.LittleEndian.PutUint64(d.memory[d.at+8:], ^d.round)
 		if d.at += page; d.at >= len(d.memory) {
 			d.at = 0
+			d.round++
 		}
 	}
 }

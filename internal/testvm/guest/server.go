@@ -127,7 +127,9 @@ func (s *server) handle(req wire.Request) wire.Reply {
 	case wire.OpStartCounter:
 		err = s.counter.start(s.params.mounts)
 	case wire.OpCount:
-		reply.Sequence, err = s.counter.read()
+		if reply.Sequence, err = s.counter.read(); err == nil {
+			err = s.dirtier.verify()
+		}
 	case wire.OpDirty:
 		err = s.dirtier.set(req.Size, req.Rate)
 	case wire.OpStartAgent:

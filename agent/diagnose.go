@@ -132,7 +132,7 @@ func (a *Agent) diagnoseOutside(ctx context.Context, v *vm, repair bool) (Diagno
 		return Diagnosis{}, err
 	}
 	d := Diagnosis{Findings: problemsOf(view)}
-	r, err := v.alone()
+	r, err := v.known(ctx)
 	if err != nil || r == nil {
 		return d, nil //nolint:nilerr // two processes are among the problems
 	}

@@ -34,7 +34,7 @@ type examination struct {
 
 // examine looks at everything of a VM.
 func (a *Agent) examine(ctx context.Context, v *vm, o *op.Op, deep bool) (*examination, error) {
-	r, err := v.alone()
+	r, err := v.known(ctx)
 	if err != nil {
 		return nil, err
 	}

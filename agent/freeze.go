@@ -67,7 +67,7 @@ func failureOf(rec op.Record) error {
 
 // hold is the recipe of Freeze.
 func (a *Agent) hold(ctx context.Context, o *op.Op, v *vm, req FreezeRequest, h *held) error {
-	r, err := v.alone()
+	r, err := v.known(ctx)
 	if err != nil {
 		return err
 	}

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -48,9 +47,6 @@ func (a *Agent) requeue(ctx context.Context, v *vm, rec op.Record) error {
 	}
 	return a.ops.Requeue(ctx, rec, spec, func(ctx context.Context, o *op.Op) error {
 		a.attended(ctx, o, v, rec.Kind, rec.UID)
-		if v != nil {
-			v.awaitMonitor(ctx)
-		}
 		return recipe(ctx, o)
 	})
 }
@@ -79,32 +75,4 @@ func (a *Agent) recipeOf(v *vm, rec op.Record) (op.Recipe, error) {
 	}
 	req.RequestID, req.UID = rec.RequestID, rec.UID
 	return a.snapshotRecipe(v, req), nil
-}
-
-// monitorPatience is how long an operation that was taken up waits for the VM's
-// monitor, which the agent that has just started asks for the first time.
-const monitorPatience = 10 * time.Second
-
-// awaitMonitor waits until it is known whether the monitor answers.
-func (v *vm) awaitMonitor(ctx context.Context) {
-	patience := time.After(monitorPatience)
-	for {
-		r, err := v.alone()
-		if err != nil || r == nil {
-			return
-		}
-		r.mu.Lock()
-		known := r.session != nil || r.problem != nil
-		r.mu.Unlock()
-		if known {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-patience:
-			return
-		case <-time.After(askSoon): // nothing announces it
-		}
-	}
 }

@@ -197,7 +197,7 @@ const maxFreeze = 10 * time.Minute
 // what makes looking impossible; reasons to refuse are in the plan. register
 // allows to record disks that are seen for the first time (see liveDisks).
 func (a *Agent) preflight(ctx context.Context, v *vm, req SnapshotRequest, register bool) (*preflight, error) {
-	r, err := v.alone()
+	r, err := v.known(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -325,7 +325,7 @@ func (r *restore) undone(ctx context.Context, tx *catalog.Tx, d *cutDisk) (catal
 
 // linksOf sets the network links of a running VM up or down.
 func (a *Agent) linksOf(ctx context.Context, v *vm, up bool) error {
-	r, err := v.alone()
+	r, err := v.known(ctx)
 	if err != nil || r == nil {
 		return err
 	}

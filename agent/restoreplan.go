@@ -83,7 +83,7 @@ func (a *Agent) planRestore(ctx context.Context, v *vm, s catalog.Snapshot, req 
 	if err != nil {
 		return nil, err
 	}
-	r, err := v.alone()
+	r, err := v.known(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -26,6 +26,8 @@ type run struct {
 	proc   discover.Process
 	cancel context.CancelFunc
 	ended  chan struct{} // closed when follow has returned
+	met    chan struct{} // closed once it is known whether the monitor answers
+	meet   sync.Once     // closes met
 	huge   hugePages
 
 	mu       sync.Mutex
@@ -42,7 +44,7 @@ type run struct {
 }
 
 func newRun(p discover.Process) *run {
-	r := &run{proc: p, ended: make(chan struct{}), presence: NoChannel}
+	r := &run{proc: p, ended: make(chan struct{}), met: make(chan struct{}), presence: NoChannel}
 	if p.GuestAgent.Path != "" {
 		r.presence = Disconnected
 	}
@@ -150,6 +152,7 @@ func (r *run) setProblem(p *Problem) {
 	r.mu.Lock()
 	r.problem = p
 	r.mu.Unlock()
+	r.meet.Do(func() { close(r.met) })
 }
 
 // attend serves one session: it learns what QEMU tells and follows its events
@@ -170,6 +173,7 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 	r.mu.Lock()
 	r.session, r.socket, r.problem = s, socket, nil
 	r.mu.Unlock()
+	r.meet.Do(func() { close(r.met) })
 	if !registered {
 		a.group.Go(func() { // once the operation has ended
 			v.changing.RLock()

@@ -2,9 +2,11 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -54,6 +56,43 @@ func TestFollowDoesNotHammer(t *testing.T) {
 	}
 	if r.problem == nil || r.session != nil {
 		t.Errorf("problem %+v", r.problem)
+	}
+}
+
+// TestKnownWaitsForTheFirstAnswer asks for a VM right after it was found, while
+// its monitor has yet to answer.
+func TestKnownWaitsForTheFirstAnswer(t *testing.T) {
+	srv := monitortest.NewServer(t)
+	asked, answer := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	srv.Handle("query-status", func(monitortest.Request) monitortest.Reply {
+		once.Do(func() { close(asked) })
+		<-answer
+		return monitortest.Fail("GenericError", "no status")
+	})
+	p := self(t)
+	p.QMP = []discover.Socket{{Path: srv.Path()}}
+	a := &Agent{log: hclog.NewNullLogger()}
+	r := newRun(p)
+	v := &vm{rec: catalog.VM{Name: "web"}, runs: []*run{r}}
+	ctx, cancel := context.WithCancel(t.Context())
+	t.Cleanup(func() { cancel(); <-r.ended })
+	go a.follow(ctx, v, r)
+	<-asked
+	if _, err := v.monitorOf(r); err == nil || !strings.Contains(err.Error(), "has not answered yet") {
+		t.Fatalf("its monitor is known: %v", err)
+	}
+	time.AfterFunc(20*time.Millisecond, func() { close(answer) })
+	if got, err := v.known(t.Context()); err != nil || got != r {
+		t.Fatalf("%v, %v", got, err)
+	}
+	if _, err := v.monitorOf(r); err == nil || strings.Contains(err.Error(), "has not answered yet") {
+		t.Errorf("it is not known what is wrong with its monitor: %v", err)
+	}
+	cancelled, stop := context.WithCancel(t.Context())
+	stop()
+	if _, err := (&vm{runs: []*run{newRun(p)}}).known(cancelled); !errors.Is(err, context.Canceled) {
+		t.Errorf("it waits for a caller that is gone: %v", err)
 	}
 }
 

@@ -311,6 +311,27 @@ func (v *vm) alone() (*run, error) {
 	}
 }
 
+// monitorPatience is how long a request waits for the monitor of a QEMU process
+// that was found just before, as all are when the agent has just started.
+const monitorPatience = 10 * time.Second
+
+// known returns what alone does, once it is known whether the process's monitor
+// answers. It waits for that no longer than monitorPatience.
+func (v *vm) known(ctx context.Context) (*run, error) {
+	r, err := v.alone()
+	if err != nil || r == nil {
+		return r, err
+	}
+	select {
+	case <-r.met:
+	case <-r.ended:
+	case <-time.After(monitorPatience):
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	return v.alone() // it may have ended meanwhile
+}
+
 // name returns the VM's name.
 func (v *vm) name() string {
 	v.mu.Lock()

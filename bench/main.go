@@ -49,9 +49,10 @@ const (
 	partAPI     = "api"
 	partRestore = "restore"
 	partMemory  = "memory"
+	partScale   = "scale"
 )
 
-var parts = []string{partWindows, partAPI, partRestore, partMemory}
+var parts = []string{partWindows, partAPI, partRestore, partMemory, partScale}
 
 // wants tells whether a part is to be measured.
 func (c config) wants(part string) bool { return c.only == "" || c.only == part }
@@ -97,9 +98,10 @@ func run(ctx context.Context, c config) error {
 	return nil
 }
 
-// measure takes all measurements on one QEMU; those of the API only if asked.
-func measure(ctx context.Context, c config, r *report, q testvm.QEMU, api bool) error {
-	if api = api && c.wants(partAPI); api || c.wants(partWindows) {
+// measure takes all measurements on one QEMU; those of vmsnapd alone, with which
+// the version has little to do, on the last.
+func measure(ctx context.Context, c config, r *report, q testvm.QEMU, last bool) error {
+	if api := last && c.wants(partAPI); api || c.wants(partWindows) {
 		if err := measureDisks(ctx, c, r, q, api); err != nil {
 			return err
 		}
@@ -110,7 +112,12 @@ func measure(ctx context.Context, c config, r *report, q testvm.QEMU, api bool) 
 		}
 	}
 	if c.wants(partMemory) {
-		return measureMemory(ctx, c, r, q)
+		if err := measureMemory(ctx, c, r, q); err != nil {
+			return err
+		}
+	}
+	if last && c.wants(partScale) {
+		return measureScale(ctx, c, r, q)
 	}
 	return nil
 }

@@ -36,6 +36,8 @@ type Config struct {
 	Binary string            // the vmsnapd to run
 	Dir    string            // state, sockets and log; made if it is not there, and left behind
 	VMs    map[string]string // UUIDs by name
+	// Metrics is the address that metrics are served on; empty for none.
+	Metrics string
 }
 
 // Daemon is a running vmsnapd and a client of it.
@@ -74,7 +76,7 @@ func start(ctx context.Context, c Config) (*Daemon, error) {
 	socket := filepath.Join(c.Dir, "vmsnapd.sock")
 	d := &Daemon{Client: client.New(socket), log: filepath.Join(c.Dir, "vmsnapd.log"), ended: make(chan struct{})}
 	d.cmd = exec.Command(c.Binary, "--config", os.DevNull, "--state-dir", filepath.Join(c.Dir, "state"), "--run-dir", c.Dir,
-		"--socket", socket, "--metrics-listen", "", "--vms-dir", filepath.Join(c.Dir, "vms.d"), "--listed-only")
+		"--socket", socket, "--metrics-listen", c.Metrics, "--vms-dir", filepath.Join(c.Dir, "vms.d"), "--listed-only")
 	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+n.path)
 	began := time.Now()
 	if err := d.launch(); err != nil {
@@ -131,6 +133,9 @@ func (d *Daemon) launch() error {
 	}()
 	return errors.Join(<-started, log.Close())
 }
+
+// PID returns its process id.
+func (d *Daemon) PID() int { return d.cmd.Process.Pid }
 
 // Stop ends the daemon, and fails if it did not end well or had ended before.
 func (d *Daemon) Stop() error {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/vmsnap/vmsnap/blockdev"
@@ -57,7 +56,7 @@ func (x *examination) lookForStrangeManifests(ctx context.Context, dir string) {
 		if !ok || !e.Type().IsRegular() || known[id] {
 			continue
 		}
-		data, err := os.ReadFile(x.root + path)
+		data, err := readManifest(x.root+dir, e.Name())
 		var m manifest
 		if err != nil || json.Unmarshal(data, &m) != nil || m.VM.ID != x.vm.id {
 			continue // another VM's, or somebody else's

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -114,6 +113,18 @@ func writeManifest(path, id string, data []byte) (err error) {
 	return dir.WriteFile(manifestDir, id+".json", data)
 }
 
+// readManifest reads a manifest to compare it with the catalog. Whoever may write
+// to the directory of a VM's disks may have put something else in its place, which
+// is not waited for, and says nothing.
+func readManifest(path, name string) (data []byte, err error) {
+	dir, err := blockdev.OpenDir(path, "")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	return dir.ReadFile(manifestDir, name, maxManifest)
+}
+
 // vmManifest is what the catalog knows of a VM's disks and of all their layers. It
 // stands in each directory that holds one of them, and the one written last
 // counts.
@@ -201,7 +212,7 @@ func (a *Agent) staleManifests(ctx context.Context, v *vm) ([]staleManifest, err
 	root := v.root()
 	for _, dir := range sortedKeys(dirs) {
 		name := vmManifestPrefix + v.id + ".json"
-		old, err := os.ReadFile(filepath.Join(root+dir, manifestDir, name))
+		old, err := readManifest(root+dir, name)
 		missing := errors.Is(err, fs.ErrNotExist)
 		if err != nil && !missing {
 			return nil, err
@@ -254,7 +265,7 @@ func missingManifests(v *vm, s catalog.Snapshot, disks []catalog.Disk, layers []
 	var stale []staleManifest
 	root := v.root()
 	for _, dir := range sortedKeys(dirs) {
-		data, err := os.ReadFile(filepath.Join(root+dir, manifestDir, s.ID+".json"))
+		data, err := readManifest(root+dir, s.ID+".json")
 		missing := errors.Is(err, fs.ErrNotExist)
 		if err != nil && !missing {
 			return nil, err

@@ -3,6 +3,7 @@ package blockdev
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -159,7 +160,12 @@ func (d *Dir) WriteFile(sub, name string, data []byte) (err error) {
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
 	tmp := name + ".tmp"
-	f, err := dir.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	// What an earlier process has left, or somebody put there: opening a FIFO
+	// would wait.
+	if err := dir.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := dir.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
@@ -171,6 +177,29 @@ func (d *Dir) WriteFile(sub, name string, data []byte) (err error) {
 		return err
 	}
 	return (&Dir{path: d.Path(sub), root: dir}).Sync()
+}
+
+// ReadFile reads a file of a subdirectory that WriteFile has written, of at most
+// limit bytes. What cannot be one, such as a link, a FIFO or a file that is larger,
+// is as good as empty.
+func (d *Dir) ReadFile(sub, name string, limit int64) (data []byte, err error) {
+	path := filepath.Join(sub, name)
+	if fi, err := d.root.Lstat(path); err != nil || !fi.Mode().IsRegular() {
+		return nil, err
+	}
+	f, err := d.root.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() || fi.Size() > limit {
+		return nil, err // it was replaced meanwhile
+	}
+	data, err = io.ReadAll(io.LimitReader(f, limit+1))
+	if int64(len(data)) > limit { // it grows
+		return nil, err
+	}
+	return data, err
 }
 
 // ErrNoImmutable is returned where the file system has no immutable flag or

@@ -158,3 +158,50 @@ func TestLayerName(t *testing.T) {
 		}
 	}
 }
+
+// TestReadFileOfOthers finds something else where a file of ours should be.
+func TestReadFileOfOthers(t *testing.T) {
+	d, path := openDir(t)
+	const limit = 16
+	if err := d.WriteFile(".vmsnap", "ours", []byte("short")); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := d.ReadFile(".vmsnap", "ours", limit); err != nil || string(got) != "short" {
+		t.Errorf("ours holds %q, %v", got, err)
+	}
+	if _, err := d.ReadFile(".vmsnap", "none", limit); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("none: %v", err)
+	}
+	outside := filepath.Join(t.TempDir(), "secret")
+	write(t, outside, "secret")
+	sub := filepath.Join(path, ".vmsnap")
+	for name, put := range map[string]func(string) error{
+		"link out":   func(p string) error { return os.Symlink(outside, p) },
+		"link":       func(p string) error { return os.Symlink("ours", p) },
+		"FIFO":       func(p string) error { return unix.Mkfifo(p, 0o600) },
+		"directory":  func(p string) error { return os.Mkdir(p, 0o700) },
+		"large":      func(p string) error { return os.WriteFile(p, make([]byte, limit+1), 0o600) },
+		"huge, hole": func(p string) error { return errors.Join(os.WriteFile(p, nil, 0o600), os.Truncate(p, 1<<40)) },
+	} {
+		for _, in := range []string{name, name + ".tmp"} {
+			if err := put(filepath.Join(sub, in)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got, err := d.ReadFile(".vmsnap", name, limit); len(got) > 0 || err != nil {
+			t.Errorf("%s: read %q, %v", name, got, err)
+		}
+		if name == "directory" {
+			continue // it is not ours to remove
+		}
+		if err := d.WriteFile(".vmsnap", name, []byte("again")); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if got, err := d.ReadFile(".vmsnap", name, limit); err != nil || string(got) != "again" {
+			t.Errorf("%s: holds %q, %v, once it is written", name, got, err)
+		}
+	}
+	if got := read(t, outside); got != "secret" {
+		t.Errorf("the file outside holds %q", got)
+	}
+}

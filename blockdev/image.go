@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"strings"
 	"unicode"
@@ -189,14 +188,7 @@ func CheckBackingName(name string) error {
 // ReadHeaderFile reads the header of a file, which must be a regular file or a
 // block device: a FIFO would hang.
 func ReadHeaderFile(path string) (Header, error) {
-	fi, err := os.Stat(path)
-	if err != nil {
-		return Header{}, err
-	}
-	if !fi.Mode().IsRegular() && fi.Mode()&os.ModeDevice == 0 {
-		return Header{}, fmt.Errorf("%s: %w: neither a file nor a block device", path, ErrRefusedImage)
-	}
-	f, err := os.Open(path)
+	f, err := openImage(path)
 	if err != nil {
 		return Header{}, err
 	}
@@ -239,7 +231,7 @@ func (h Header) Empty(r io.ReaderAt) (bool, error) {
 
 // IsEmpty reports whether a qcow2 file holds no data of its own.
 func IsEmpty(path string) (bool, error) {
-	f, err := os.Open(path)
+	f, err := openImage(path)
 	if err != nil {
 		return false, err
 	}

@@ -48,7 +48,7 @@ func WriteBack(ctx context.Context, overlays []string, device string, size uint6
 		}
 	}()
 	for _, path := range overlays {
-		f, err := os.Open(path)
+		f, err := openImage(path)
 		if err != nil {
 			return err
 		}

@@ -41,7 +41,9 @@ func run(m *testing.M) int {
 		return 1
 	}
 	binaries = dir
-	return m.Run()
+	code := m.Run()
+	tally.print()
+	return code
 }
 
 // watchFlags are the flags that have the race detector watch the daemon as it

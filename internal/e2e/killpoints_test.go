@@ -77,6 +77,7 @@ func (h *host) diedOr(tracer *exec.Cmd, done func() error) (killed bool) {
 		select {
 		case <-h.exited:
 			killed = true
+			tally.add("kills of the daemon at a change of files", 1)
 			return nil
 		default:
 		}

@@ -3,9 +3,11 @@ package e2e
 import (
 	"bufio"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -25,7 +27,8 @@ type relay struct {
 
 // gate stops one command of the daemon.
 type gate struct {
-	word    string
+	name    string
+	is      func(line string) bool
 	left    int // how many more commands pass first
 	reached chan struct{}
 	open    chan passage
@@ -86,11 +89,27 @@ func (r *relay) serve() {
 
 // hold stops the nth command, from now on, that has a word in it.
 func (r *relay) hold(word string, nth int) *gate {
-	g := &gate{word: word, left: nth - 1, reached: make(chan struct{}), open: make(chan passage, 1)}
+	return r.stop(&gate{name: word, is: func(line string) bool { return strings.Contains(line, `"`+word+`"`) }}, nth)
+}
+
+// holdChange stops the nth command, from now on, that changes something.
+func (r *relay) holdChange(nth int) *gate {
+	return r.stop(&gate{name: fmt.Sprintf("%d commands that change something", nth), is: changes}, nth)
+}
+
+func (r *relay) stop(g *gate, nth int) *gate {
+	g.left, g.reached, g.open = nth-1, make(chan struct{}), make(chan passage, 1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.gates = append(r.gates, g)
 	return g
+}
+
+// drop removes a gate that no command has come to.
+func (r *relay) drop(g *gate) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.gates = slices.DeleteFunc(r.gates, func(other *gate) bool { return other == g })
 }
 
 // gateOf returns the gate that a command has come to, nil when it passes.
@@ -98,7 +117,7 @@ func (r *relay) gateOf(line string) *gate {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for i, g := range r.gates {
-		if !strings.Contains(line, `"`+g.word+`"`) {
+		if !g.is(line) {
 			continue
 		}
 		if g.left > 0 {
@@ -183,7 +202,7 @@ func (g *gate) await(h *host) {
 	select {
 	case <-g.reached:
 	case <-time.After(eventLimit):
-		h.t.Fatalf("the daemon did not send %s\nvmsnapd's log:\n%s", g.word, h.log)
+		h.t.Fatalf("the daemon did not send %s\nvmsnapd's log:\n%s", g.name, h.log)
 	}
 }
 

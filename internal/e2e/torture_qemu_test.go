@@ -26,12 +26,8 @@ func thorough() bool { return *tortureRounds > quickRounds }
 // snapshot, starts them again in random order, and expects the newest content
 // and nothing left over each time.
 func TestQEMUTorture(t *testing.T) {
-	seed := *tortureSeed
-	if seed == 0 {
-		seed = uint64(time.Now().UnixNano())
-	}
+	seed := seedOf(t)
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
-		t.Logf("seed %d (-torture.seed repeats it)", seed)
 		random := rand.New(rand.NewPCG(seed, 0))
 		vm := newStill(t, q, "torture-"+q.Name, "root.qcow2", "data.qcow2")
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
@@ -70,6 +66,8 @@ func TestQEMUTorture(t *testing.T) {
 				t.FailNow()
 			}
 		}
+		tally.add("kills of the daemon", daemons)
+		tally.add("kills of QEMU", machines)
 		t.Logf("%d rounds, daemon killed %d times, QEMU %d times", *tortureRounds, daemons, machines)
 	})
 }

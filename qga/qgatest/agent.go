@@ -135,15 +135,20 @@ type Turn struct {
 // Behave does what qemu-ga does.
 func (t *Turn) Behave() { t.Write(t.answer()) }
 
-// Write sends bytes to the client, if there is one.
-func (t *Turn) Write(b []byte) {
+// Write sends bytes to the client, if there is one. A client that has left does
+// not matter to the guest.
+func (t *Turn) Write(b []byte) { t.write(b) }
+
+// write reports whether there is a client that takes the bytes.
+func (t *Turn) write(b []byte) bool {
 	t.Server.mu.Lock()
 	conn := t.Server.conn
 	t.Server.mu.Unlock()
-	if conn != nil {
-		// A client that has left does not matter to the guest.
-		_, _ = conn.Write(b)
+	if conn == nil {
+		return false
 	}
+	_, err := conn.Write(b)
+	return err == nil
 }
 
 // answer runs the command and returns its reply.

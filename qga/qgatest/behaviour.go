@@ -46,6 +46,15 @@ func Flood(size int) Behaviour {
 	}
 }
 
+// Endless answers with these bytes again and again, until the client leaves.
+func Endless(b string) Behaviour {
+	return func(t *Turn) {
+		chunk := bytes.Repeat([]byte(b), max(1, (64<<10)/len(b)))
+		for t.Server.running() && t.write(chunk) {
+		}
+	}
+}
+
 // Drip runs the command and sends the reply byte by byte.
 func Drip(every time.Duration) Behaviour {
 	return func(t *Turn) {

@@ -61,7 +61,7 @@ func (c Copy) Run(ctx context.Context) error {
 	if c.Compress {
 		args = append(args, "-c")
 	}
-	if err := runWith(ctx, c.files(), c.Progress, append(args, from, c.descriptor())...); err != nil {
+	if err := runWith(ctx, c.files(), c.Progress, nil, append(args, from, c.descriptor())...); err != nil {
 		return err
 	}
 	return syncWithin(ctx, c.To)
@@ -81,7 +81,7 @@ func (c Copy) Verify(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = runWith(ctx, c.files(), c.Progress, "compare", "-p", from, to)
+	err = runWith(ctx, c.files(), c.Progress, nil, "compare", "-p", from, to)
 	// qemu-img compare ends with 1 when the contents differ, and above when it
 	// cannot compare.
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok && exit.ExitCode() == 1 {
@@ -93,7 +93,7 @@ func (c Copy) Verify(ctx context.Context) error {
 // Link makes an empty file a qcow2 that lies on a layer, which is not opened: its
 // path is written into the header as it is, with its format.
 func Link(ctx context.Context, to *os.File, path, format string, size uint64) error {
-	err := runWith(ctx, []*os.File{to}, nil, "create", "-q", "-f", "qcow2", "-u", "-b", path, "-F", format, childPath(0), strconv.FormatUint(size, 10))
+	err := runWith(ctx, []*os.File{to}, nil, nil, "create", "-q", "-f", "qcow2", "-u", "-b", path, "-F", format, childPath(0), strconv.FormatUint(size, 10))
 	if err != nil {
 		return err
 	}

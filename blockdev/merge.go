@@ -157,19 +157,25 @@ func (a ActiveMerge) finish(ctx context.Context, m Monitor) error {
 func (a ActiveMerge) complete(ctx context.Context, m Monitor) (JobState, error) {
 	ctx, stop := staying(ctx)
 	defer stop()
-	err := jobCommand(context.WithoutCancel(ctx), m, "job-complete", a.ID)
-	if err != nil && !refused(err) {
-		return JobState{}, fmt.Errorf("job %s: %w: %w", a.ID, ErrJobUnfinished, err)
-	}
-	if err != nil {
-		// It has gone on since it was seen ready: to its end, or to pending.
+	for again := false; ; again = true {
+		err := jobCommand(context.WithoutCancel(ctx), m, "job-complete", a.ID)
+		if err == nil {
+			return a.await(ctx, m, monitor.JobPending)
+		}
+		if !refused(err) {
+			return JobState{}, fmt.Errorf("job %s: %w: %w", a.ID, ErrJobUnfinished, err)
+		}
+		// Since it was seen ready it has gone on, to its end or to pending, or was
+		// paused: once it is ready again it is told again.
 		s, look := a.await(ctx, m, monitor.JobReady, monitor.JobPending)
 		if look == nil && s.Status == monitor.JobReady {
-			return s, err
+			if again {
+				return s, err
+			}
+			continue
 		}
 		return s, look
 	}
-	return a.await(ctx, m, monitor.JobPending)
 }
 
 // staying returns a context that ends with ctx, but not to leave the job.

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"syscall"
 )
 
 // qemuImg is the program that works on images no QEMU has open. It comes with
@@ -30,7 +31,15 @@ func (e *ImgError) Error() string {
 	return fmt.Sprintf("qemu-img %s: %s", e.Command, e.Output)
 }
 
-func (e *ImgError) Unwrap() error { return e.Err }
+// Unwrap returns ENOSPC for what qemu-img ends with strerror() of it, beside how
+// it ended.
+func (e *ImgError) Unwrap() []error {
+	errs := []error{e.Err}
+	if strings.Contains(e.Output, "No space left on device") {
+		errs = append(errs, syscall.ENOSPC)
+	}
+	return errs
+}
 
 // CreateOffline writes the overlay's header into its empty file. The base is
 // not opened (-u), so that the caller can hold its locks; its format and size
@@ -62,7 +71,7 @@ func Check(ctx context.Context, path string) error {
 
 // runImg runs qemu-img and reports its progress in ten-thousandths.
 func runImg(ctx context.Context, progress func(done, total uint64), args ...string) error {
-	return runCommand(ctx, imgCommand(ctx, args...), progress)
+	return runCommand(ctx, imgCommand(ctx, args...), progress, nil)
 }
 
 // imgCommand is qemu-img, killed when the context ends.
@@ -73,7 +82,7 @@ func imgCommand(ctx context.Context, args ...string) *exec.Cmd {
 }
 
 // runCommand runs qemu-img. With -p it writes its progress as "(12.34/100%)\r".
-func runCommand(ctx context.Context, cmd *exec.Cmd, progress func(done, total uint64)) error {
+func runCommand(ctx context.Context, cmd *exec.Cmd, progress func(done, total uint64), rests func() (bool, <-chan struct{})) error {
 	sub := cmd.Args[1]
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -83,6 +92,11 @@ func runCommand(ctx context.Context, cmd *exec.Cmd, progress func(done, total ui
 	}
 	if err := cmd.Start(); err != nil {
 		return &ImgError{sub, "", err}
+	}
+	if rests != nil {
+		ended := make(chan struct{})
+		defer close(ended)
+		go hold(cmd.Process, rests, ended)
 	}
 	lines := bufio.NewScanner(out)
 	lines.Split(splitReturns)
@@ -99,6 +113,27 @@ func runCommand(ctx context.Context, cmd *exec.Cmd, progress func(done, total ui
 		return &ImgError{sub, strings.TrimSpace(stderr.String()), err}
 	}
 	return nil
+}
+
+// hold stops a process while rests says so, until ended is closed. A stopped one can
+// be killed all the same.
+func hold(p *os.Process, rests func() (bool, <-chan struct{}), ended <-chan struct{}) {
+	for stopped := false; ; {
+		stop, changed := rests()
+		if stop != stopped {
+			s := syscall.SIGCONT
+			if stop {
+				s = syscall.SIGSTOP
+			}
+			_ = p.Signal(s) // it may have ended
+			stopped = stop
+		}
+		select {
+		case <-changed:
+		case <-ended:
+			return
+		}
+	}
 }
 
 // splitReturns splits at carriage returns and newlines.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 )
@@ -20,7 +21,11 @@ import (
 type Offline struct {
 	Locks    []*Lock
 	Cache    string                   // "none" to go past the page cache; empty is "writeback"
+	Rate     uint64                   // bytes a second at most that are written (qemu-img 5.2); 0 is without a limit
 	Progress func(done, total uint64) // in ten-thousandths; may be nil
+	// Rests reports whether qemu-img is to stand still, and returns a channel that is
+	// closed when that may have changed. It may be nil.
+	Rests func() (rests bool, changed <-chan struct{})
 }
 
 // ErrNotLocked means that an offline merge was asked for without locks.
@@ -40,6 +45,9 @@ func (o Offline) Commit(ctx context.Context, top, base, baseFormat string) error
 		return err
 	}
 	args := append([]string{"commit", "-p", "-d"}, o.cache()...)
+	if o.Rate > 0 {
+		args = append(args, "-r", strconv.FormatUint(o.Rate, 10))
+	}
 	if err := o.run(ctx, append(args, "--image-opts", above+","+below)...); err != nil {
 		return err
 	}
@@ -56,6 +64,10 @@ func (o Offline) Rebase(ctx context.Context, layer, backing, backingFormat strin
 		return err
 	}
 	args := append([]string{"rebase", "-p"}, o.cache()...)
+	if o.Rate > 0 { // which rebase has no option for
+		args = append(args, "--object", fmt.Sprintf("throttle-group,id=rate,limits.bps-write=%d", o.Rate))
+		written = strings.ReplaceAll(written, "file.", "file.file.") + ",file.driver=throttle,file.throttle-group=rate"
+	}
 	args = append(args, "-b", backing)
 	if backing != "" {
 		args = append(args, "-F", backingFormat)
@@ -96,19 +108,19 @@ func (o Offline) run(ctx context.Context, args ...string) error {
 	for i, l := range o.Locks {
 		files[i] = l.f
 	}
-	return runWith(ctx, files, o.Progress, args...)
+	return runWith(ctx, files, o.Progress, o.Rests, args...)
 }
 
-// runWith runs qemu-img with files that it has open from the descriptor 3 on.
-// It is killed when this process dies.
-func runWith(ctx context.Context, files []*os.File, progress func(done, total uint64), args ...string) error {
+// runWith runs qemu-img with files that it has open from the descriptor 3 on. It
+// is killed when this process dies, and stands still while rests says so.
+func runWith(ctx context.Context, files []*os.File, progress func(done, total uint64), rests func() (bool, <-chan struct{}), args ...string) error {
 	// The kernel kills the child when the thread ends that has started it.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd := imgCommand(ctx, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.ExtraFiles = files
-	return runCommand(ctx, cmd, progress)
+	return runCommand(ctx, cmd, progress, rests)
 }
 
 // syncFile makes a file's content durable.

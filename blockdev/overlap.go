@@ -56,6 +56,12 @@ func MergedBytes(ctx context.Context, chain []Image) (uint64, error) {
 	return sum, nil
 }
 
+// MissingBytes returns how much data of an image another one, which it is being
+// copied into, does not hold yet, as far as their files say.
+func MissingBytes(ctx context.Context, from, into Image) (uint64, error) {
+	return uncopied(ctx, from.Path, from.Format, into.Path, into.Format)
+}
+
 // nothing is what lies below a chain.
 func nothing(func(run, error) bool) {}
 

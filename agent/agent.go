@@ -39,6 +39,8 @@ type Config struct {
 	Profiles     map[string]Profile
 	Limits       op.Limits  // of operations that run at the same time
 	Hooks        HookConfig // the host's own programs around operations
+	MergeSpeed   uint64     // of merges, bytes a second, unless a request says otherwise; 0: no limit
+	MaxChain     int        // layers of a disk that may lie on each other; 0: any number
 	// OnOperation, when not nil, is called with every operation that ends.
 	OnOperation func(op.Record)
 	// OnFreezeWindow, when not nil, is called with every freeze window.
@@ -46,6 +48,11 @@ type Config struct {
 	// OnPause, when not nil, is called with every pause of a guest's CPUs.
 	OnPause func(time.Duration)
 }
+
+// DefaultMaxChain is how many layers of a disk may lie on each other. Each costs a
+// running QEMU two descriptors, memory for its tables, and time at each read of
+// what only the lowest holds.
+const DefaultMaxChain = 200
 
 // Agent is the VMs of this host.
 type Agent struct {
@@ -58,9 +65,10 @@ type Agent struct {
 	create    func(context.Context, SnapshotRequest) (op.Record, error)
 	clock     func() time.Time
 	scheduler *scheduler
-	deleter   Deleter // nil while nothing can delete snapshots
+	deleter   Deleter
 	reloads   chan reloading
 	rebuilds  chan rebuilding
+	reserved  reservations
 
 	// recording is held while a VM's coming, going or being forgotten is
 	// recorded, so that the catalog has them in the order in which they
@@ -94,7 +102,7 @@ func Open(ctx context.Context, cfg Config) (*Agent, error) {
 		vms: map[string]*vm{}, reloads: make(chan reloading), rebuilds: make(chan rebuilding), stopping: make(chan struct{}),
 		profiles: cfg.Profiles, clock: time.Now, scheduler: newScheduler(),
 	}
-	a.create = a.CreateSnapshot
+	a.create, a.deleter = a.CreateSnapshot, a
 	return a, nil
 }
 
@@ -223,4 +231,15 @@ func (a *Agent) WatchOperation(ctx context.Context, id string) iter.Seq2[op.Reco
 // acknowledged, not when the operation has ended.
 func (a *Agent) CancelOperation(ctx context.Context, id string) (op.Record, error) {
 	return a.ops.Cancel(ctx, id)
+}
+
+// PauseOperation lets an operation rest until ResumeOperation. Only deletions
+// can; others fail with fault.Unsupported.
+func (a *Agent) PauseOperation(ctx context.Context, id string) (op.Record, error) {
+	return a.ops.Pause(ctx, id)
+}
+
+// ResumeOperation lets an operation go on that rests.
+func (a *Agent) ResumeOperation(ctx context.Context, id string) (op.Record, error) {
+	return a.ops.GoOn(ctx, id)
 }

@@ -104,9 +104,22 @@ func (c *heldChain) sized(want uint64) error {
 	return err
 }
 
+// checkValid fails for a snapshot whose layers do not hold any more what they
+// held.
+func checkValid(s catalog.Snapshot) error {
+	if s.State == catalog.PointValid || s.State == "" {
+		return nil
+	}
+	return fault.New(fault.Unsupported, "snapshot %s/%s is %s: what its layers hold is not what it was taken of", s.VMName, s.Name, s.State).
+		WithHint("vmsnap snapshot delete %s/%s deletes the rest of it", s.VMName, s.Name)
+}
+
 // pointsOf returns what a snapshot holds of the disks that are named, of all when
 // none is, by what they are called now.
 func (a *Agent) pointsOf(ctx context.Context, v *vm, s catalog.Snapshot, names []string) ([]catalog.SnapshotDisk, error) {
+	if err := checkValid(s); err != nil {
+		return nil, err
+	}
 	disks, err := a.catalog.Disks(ctx, v.id)
 	if err != nil {
 		return nil, err

@@ -127,6 +127,7 @@ func (c *cut) commit(ctx context.Context) error {
 		ID: newID(), VMID: c.vm.id, VMName: c.vm.name(), Name: c.req.Name, Description: c.req.Description,
 		Labels: c.req.Labels, Created: c.cutAt, Consistency: c.consistency(), Quiesce: c.quiesce,
 		Warnings: c.warnings, Group: c.groupCut, Operation: c.o.ID(), Config: c.config, Partial: c.partial, Automatic: c.automatic,
+		State: catalog.PointValid,
 	}
 	if c.memory != nil {
 		s.Memory = c.memory.saved

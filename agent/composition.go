@@ -66,6 +66,9 @@ func (a *Agent) compose(ctx context.Context, v *vm, s catalog.Snapshot, req Rest
 				return nil, err
 			}
 		}
+		if err := checkValid(from); err != nil {
+			return nil, err
+		}
 		c, err := choose1(v, from, disks, choice.Device)
 		if err != nil {
 			return nil, err

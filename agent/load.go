@@ -63,6 +63,13 @@ func (a *Agent) recipeOf(v *vm, rec op.Record) (op.Recipe, error) {
 	}
 	nothing := fault.New(fault.Failed, "vmsnapd was stopped before operation %s began; nothing was done", rec.ID).
 		WithHint("ask for it again")
+	if rec.Kind == op.KindDelete && v != nil {
+		var req DeleteRequest
+		if err := json.Unmarshal(rec.Request, &req); err != nil {
+			return nil, fmt.Errorf("the request of operation %s: %w", rec.ID, err)
+		}
+		return a.deleteRecipe(v, req), nil
+	}
 	if rec.Kind != op.KindSnapshot || v == nil {
 		return nil, nothing
 	}

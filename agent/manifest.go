@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -287,6 +288,7 @@ func (m manifest) sameSnapshot(data []byte) bool {
 	if json.Unmarshal(data, &old) != nil {
 		return false
 	}
+	old.Snapshot.State = cmp.Or(old.Snapshot.State, catalog.PointValid)
 	was, err := json.Marshal(old.Snapshot)
 	is, errIs := json.Marshal(m.Snapshot)
 	return err == nil && errIs == nil && bytes.Equal(was, is)

@@ -40,6 +40,8 @@ const (
 	warnNeedsLauncher      = "needs-external-launcher"
 	warnPauseExceeded      = "pause-exceeded"
 	warnLayersKept         = "layers-kept"
+	warnMergeWaits         = "merge-waits"
+	warnNoSpace            = "no-space"
 	warnEnded              = "vm-ended"
 	warnResets             = "reset-does-not-end"
 	warnClock              = "clock-not-set"
@@ -69,6 +71,7 @@ type preflight struct {
 
 	excluded []catalog.SnapshotDisk
 	partial  bool // a disk that was asked for dropped out
+	maxChain int  // layers that a disk may have on each other; 0: any number
 }
 
 // refuse adds a reason why the snapshot would fail.
@@ -201,7 +204,7 @@ func (a *Agent) preflight(ctx context.Context, v *vm, req SnapshotRequest, regis
 	if err != nil {
 		return nil, err
 	}
-	p := &preflight{live: r != nil, run: r}
+	p := &preflight{live: r != nil, run: r, maxChain: a.cfg.MaxChain}
 	p.plan = Plan{VM: v.name(), Name: req.Name, Live: p.live, Consistency: catalog.Crash}
 	if req.Name != "" {
 		if _, err := a.catalog.SnapshotByName(ctx, v.id, req.Name); err == nil {
@@ -391,34 +394,6 @@ func (c *cutDisk) settles(unsettled bool, chain []catalog.Layer, p *preflight) e
 	p.warn(warnSettlesStopped, c.Device, "it is a block device, so after the snapshot it can only be started again once vmsnapd has saved the device's content, up to %d MiB, in %s and written the newest state to the device; that happens when the VM has stopped",
 		c.Size>>20, c.OverlayDir)
 	return nil
-}
-
-// admit adds a disk to the cut when there is room for its overlay.
-func (p *preflight) admit(v *vm, c *cutDisk, partial bool) {
-	free, err := c.overlayDir.Free()
-	if err != nil {
-		p.drop(v, c.leftOut(), partial, fault.New(fault.Failed, "VM %s: disk %s: %w", v.name(), c.Device, err))
-		return
-	}
-	p.plan.Disks = append(p.plan.Disks, PlanDisk{Device: c.Device, Directory: c.OverlayDir, Free: free, VirtualSize: c.Size, Settle: c.Settle})
-	if free < overlayReserve {
-		p.unfit = append(p.unfit, c)
-		p.drop(v, c.leftOut(), partial, fault.New(fault.NoSpace, "VM %s: disk %s: only %d KiB are free in %s; %d KiB are needed",
-			v.name(), c.Device, free>>10, c.OverlayDir, overlayReserve>>10))
-		return
-	}
-	p.disks = append(p.disks, c)
-}
-
-// drop refuses the snapshot for a disk, or leaves the disk out.
-func (p *preflight) drop(v *vm, d catalog.SnapshotDisk, partial bool, e *fault.Error) {
-	if partial {
-		p.partial, d.Excluded = true, true
-		p.excluded = append(p.excluded, d)
-		p.warn(warnDropped, d.Device, "left out: %s", e.Message)
-		return
-	}
-	p.refuse(e.WithHint("--exclude %s leaves it out, --allow-partial leaves out whatever fails; vmsnap vm show %s tells more", d.Device, v.name()))
 }
 
 // firmware warns of state that belongs to the VM and that is in no disk. With the

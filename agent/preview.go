@@ -171,6 +171,7 @@ func (a *Agent) commitPreview(ctx context.Context, o *op.Op, v *vm) error {
 		ID: newID(), VMID: v.id, VMName: v.name(), Name: "before-" + generatedName(p.Opened, p.Operation),
 		Description: fmt.Sprintf("the state before the preview of %s", p.Snapshot), Created: p.Opened, Consistency: catalog.Crash,
 		Quiesce: catalog.Quiesce{Requested: string(QuiesceNone)}, Operation: o.ID(), Config: p.Config, Automatic: true,
+		State: catalog.PointValid,
 	}
 	if p.Offline {
 		s.Consistency = catalog.Offline

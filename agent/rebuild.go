@@ -314,6 +314,13 @@ func (m *vmManifest) reconcile(snapshots []catalog.Snapshot) error {
 		}
 	}
 	for _, s := range snapshots {
+		if checkValid(s) != nil { // the rest of one that was being deleted
+			for i, d := range s.Disks {
+				if layerOf(m.Layers, d.LayerID).ID == "" {
+					s.Disks[i].LayerID = ""
+				}
+			}
+		}
 		for _, id := range layersOf(s) {
 			if layerOf(m.Layers, id).ID == "" {
 				return fmt.Errorf("snapshot %s has a layer that is not known", s.Name)

@@ -222,7 +222,7 @@ func (a *Agent) decide(ctx context.Context, s catalog.Schedule, v *vm, d schedul
 func (a *Agent) runClaimed(ctx context.Context, s catalog.Schedule, v *vm, run catalog.ScheduleRun) {
 	rec, begun := a.runOnce(ctx, s, v, run)
 	a.scheduler.release(pendingKey{s.ID, v.id})
-	if !begun || a.deleter == nil || a.retention(s.Spec).None() {
+	if !begun || a.retention(s.Spec).None() {
 		return
 	}
 	if rec, err := a.ops.Wait(ctx, rec.ID); err == nil && rec.State == op.Succeeded {

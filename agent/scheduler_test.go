@@ -463,7 +463,6 @@ func TestRefusedSchedules(t *testing.T) {
 			{func(s *ScheduleSpec) { s.NameTemplate = "{{.Foo}}" }, fault.Usage, "is none of"},
 			{func(s *ScheduleSpec) { s.Snapshot.Quiesce = "always" }, fault.Usage, "quiesce"},
 			{func(s *ScheduleSpec) { s.Retention.Last = -1 }, fault.Usage, "keep-last"},
-			{func(s *ScheduleSpec) { s.Retention.Last = 3 }, fault.Unsupported, "cannot delete snapshots yet"},
 		} {
 			s := good
 			c.change(&s)

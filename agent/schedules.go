@@ -172,9 +172,6 @@ func (a *Agent) checkRetention(s *ScheduleSpec) error {
 		return fault.New(fault.Denied, "schedule %s: its snapshots would be kept for longer than the %s that are allowed here", s.Name, caps.MaxAge).
 			WithHint("give it a maximum age; the setting schedule-max-age bounds it")
 	}
-	if !r.None() && a.deleter == nil {
-		return fault.New(fault.Unsupported, "schedule %s: this vmsnapd cannot delete snapshots yet, so a schedule cannot have a retention", s.Name)
-	}
 	return nil
 }
 

@@ -101,7 +101,7 @@ func snapshot(vm VM, d Disk, id, name, layerID string) Snapshot {
 			{Device: "disk1", Size: 1 << 20, Excluded: true},
 		},
 		Config:  []byte(`{"machine":"pc-q35-7.2"}`),
-		Partial: true,
+		Partial: true, State: PointValid,
 	}
 }
 

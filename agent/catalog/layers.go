@@ -89,6 +89,12 @@ func (r reader) LayerByInode(ctx context.Context, dev, ino uint64) (Layer, error
 	return l, err
 }
 
+// LayersOfFile returns all layers that are a file: a base that several disks
+// share is a layer of each.
+func (r reader) LayersOfFile(ctx context.Context, dev, ino uint64) ([]Layer, error) {
+	return query(ctx, r, scanLayer, selectLayer+" WHERE l.ino = ? AND l.dev = ? ORDER BY l.created, l.id", int64(ino), int64(dev))
+}
+
 // Children returns the layers that lie directly on a layer, the oldest first.
 func (r reader) Children(ctx context.Context, id string) ([]Layer, error) {
 	return query(ctx, r, scanLayer, selectLayer+" WHERE l.parent = ? ORDER BY l.created, l.id", id)

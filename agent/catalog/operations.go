@@ -12,7 +12,7 @@ import (
 var _ op.Store = (*Catalog)(nil)
 
 const operationColumns = `id, kind, vm, vm_name, state, request, request_id, uid, steps, progress, warnings, failure,
-	partial, snapshot, created, started, ended, revision`
+	partial, snapshot, created, started, ended, revision, paused`
 
 const selectOperation = "SELECT " + operationColumns + " FROM operations"
 
@@ -20,7 +20,7 @@ func scanOperation(row scanner) (op.Record, error) {
 	var r op.Record
 	err := row.Scan(&r.ID, &r.Kind, &r.VMID, &r.VMName, &r.State, rawColumn{&r.Request}, &r.RequestID, &r.UID,
 		stepsColumn{&r.Steps}, progressColumn{&r.Progress}, jsonColumn{&r.Warnings}, failureColumn{&r.Failure},
-		&r.Partial, &r.Snapshot, timeColumn{&r.Created}, timeColumn{&r.Started}, timeColumn{&r.Ended}, bitsColumn{&r.Revision})
+		&r.Partial, &r.Snapshot, timeColumn{&r.Created}, timeColumn{&r.Started}, timeColumn{&r.Ended}, bitsColumn{&r.Revision}, &r.Paused)
 	return r, err
 }
 
@@ -37,7 +37,7 @@ func operationValues(r op.Record) ([]any, error) {
 	return []any{
 		r.ID, r.Kind, r.VMID, r.VMName, r.State, string(r.Request), r.RequestID, r.UID,
 		texts[0], texts[1], texts[2], texts[3],
-		r.Partial, r.Snapshot, nanos(r.Created), nanos(r.Started), nanos(r.Ended), int64(r.Revision),
+		r.Partial, r.Snapshot, nanos(r.Created), nanos(r.Started), nanos(r.Ended), int64(r.Revision), r.Paused,
 	}, nil
 }
 
@@ -59,7 +59,7 @@ func (tx *Tx) createOperation(ctx context.Context, rec op.Record) error {
 		return err
 	}
 	_, err = tx.exec(ctx, `INSERT INTO operations (`+operationColumns+`)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, values...)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, values...)
 	if err != nil {
 		return err
 	}
@@ -107,7 +107,7 @@ func (tx *Tx) updateOperation(ctx context.Context, rec op.Record) error {
 	_, err = tx.exec(ctx, `
 		UPDATE operations SET kind = ?2, vm = ?3, vm_name = ?4, state = ?5, request = ?6, request_id = ?7, uid = ?8,
 			steps = ?9, progress = ?10, warnings = ?11, failure = ?12, partial = ?13, snapshot = ?14,
-			created = ?15, started = ?16, ended = ?17, revision = ?18
+			created = ?15, started = ?16, ended = ?17, revision = ?18, paused = ?19
 		WHERE id = ?1`, values...)
 	if err != nil {
 		return err

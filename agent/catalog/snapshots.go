@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -11,7 +12,7 @@ import (
 
 const snapshotColumns = `id, vm, vm_name, name, description, labels, created, consistency,
 	quiesce_requested, quiesce_reason, quiesce_frozen, quiesce_total, freeze_window,
-	warnings, operation, config, partial, memory, automatic, group_cut, template`
+	warnings, operation, config, partial, memory, automatic, group_cut, template, state`
 
 // selectSnapshot selects snapshotColumns and the disks as JSON, so that one
 // statement tells a snapshot whole.
@@ -25,7 +26,7 @@ func scanSnapshot(row scanner) (Snapshot, error) {
 	var s Snapshot
 	err := row.Scan(&s.ID, &s.VMID, &s.VMName, &s.Name, &s.Description, jsonColumn{&s.Labels}, timeColumn{&s.Created}, &s.Consistency,
 		&s.Quiesce.Requested, &s.Quiesce.Reason, &s.Quiesce.Frozen, &s.Quiesce.Total, &s.Quiesce.Window,
-		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, &s.Automatic, jsonColumn{&s.Group}, &s.Template, diskColumn{&s.Disks})
+		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, &s.Automatic, jsonColumn{&s.Group}, &s.Template, &s.State, diskColumn{&s.Disks})
 	return s, err
 }
 
@@ -109,10 +110,10 @@ func (tx *Tx) insertSnapshot(ctx context.Context, s Snapshot) error {
 	if err != nil {
 		return err
 	}
-	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		s.ID, s.VMID, s.VMName, s.Name, s.Description, labels, nanos(s.Created), s.Consistency,
 		s.Quiesce.Requested, s.Quiesce.Reason, s.Quiesce.Frozen, s.Quiesce.Total, int64(s.Quiesce.Window),
-		warnings, s.Operation, string(s.Config), s.Partial, memory, s.Automatic, group, s.Template)
+		warnings, s.Operation, string(s.Config), s.Partial, memory, s.Automatic, group, s.Template, cmp.Or(s.State, PointValid))
 	if err != nil {
 		return err
 	}
@@ -200,6 +201,24 @@ func (tx *Tx) DeleteSnapshot(ctx context.Context, id string) error {
 	if err == nil && n == 0 {
 		err = notFound("no snapshot with the id %q", id)
 	}
+	return err
+}
+
+// SetSnapshotState says whether what a snapshot holds can be restored. It
+// returns fault.NotFound when there is no such snapshot.
+func (tx *Tx) SetSnapshotState(ctx context.Context, id string, state PointState) error {
+	n, err := tx.exec(ctx, "UPDATE snapshots SET state = ? WHERE id = ?", state, id)
+	if err == nil && n == 0 {
+		err = notFound("no snapshot with the id %q", id)
+	}
+	return err
+}
+
+// DropPoint takes a layer from the snapshots that cannot be restored any more,
+// so that it can be forgotten. Those that can keep it.
+func (tx *Tx) DropPoint(ctx context.Context, layerID string) error {
+	_, err := tx.exec(ctx, `UPDATE snapshot_disks SET layer = NULL WHERE layer = ?
+		AND snapshot IN (SELECT id FROM snapshots WHERE state <> 'valid')`, layerID)
 	return err
 }
 

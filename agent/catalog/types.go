@@ -63,6 +63,16 @@ const (
 	Offline    Consistency = "offline"
 )
 
+// PointState says whether what a snapshot holds can be restored.
+type PointState string
+
+// The states of a snapshot's restore points.
+const (
+	PointValid    PointState = "valid"
+	PointDeleting PointState = "deleting" // its layers are being merged, or will be
+	PointInvalid  PointState = "invalid"  // a merge of one of its layers was begun and not finished
+)
+
 // Snapshot is a named point in time of a VM.
 type Snapshot struct {
 	ID          string
@@ -83,6 +93,7 @@ type Snapshot struct {
 	Group       *GroupCut       // nil when it was taken by itself
 	Automatic   bool            // taken by a restore, of the state before
 	Template    bool            // it is not to be deleted
+	State       PointState      // PointValid when it is recorded without one
 }
 
 // GroupCut is what the snapshots of a group have in common.

@@ -19,6 +19,7 @@ const (
 	ScheduleChanged  Kind = "schedule-changed"  // made, edited, paused, resumed or deleted
 	ScheduleMissed   Kind = "schedule-missed"   // runs were let go, or a run is late
 	ScheduleSkipped  Kind = "schedule-skipped"  // a run did not take place
+	SnapshotDeleted  Kind = "snapshot-deleted"  // a snapshot was deleted
 	SnapshotRenamed  Kind = "snapshot-renamed"  // a snapshot has another name
 	ThawUnresolved   Kind = "thaw-unresolved"   // a guest may be frozen, and does not answer
 	VMForgotten      Kind = "vm-forgotten"      // the records of a VM were removed
@@ -30,8 +31,8 @@ const (
 // Kinds are all kinds, sorted.
 var Kinds = []Kind{
 	AgentStarted, AgentStopped, CallRefused, EventsLost, GuestFrozen, GuestThawed, OperationBegan, OperationEnded,
-	OperationWarning, ScheduleChanged, ScheduleMissed, ScheduleSkipped, SnapshotRenamed, ThawUnresolved, VMForgotten,
-	VMFound, VMStarted, VMStopped,
+	OperationWarning, ScheduleChanged, ScheduleMissed, ScheduleSkipped, SnapshotDeleted, SnapshotRenamed, ThawUnresolved,
+	VMForgotten, VMFound, VMStarted, VMStopped,
 }
 
 // Severity says whether somebody should look.

@@ -40,6 +40,12 @@
 // when it notices; its reverts then run on a context of their own. From
 // PointOfNoReturn on Cancel answers fault.TooLate. Exactly one of the two wins.
 //
+// # Pausing
+//
+// A recipe that says so can be paused: it looks at Rests where it can stand still
+// for long. That it is paused is recorded like its state, so that the next daemon
+// knows it too. A cancel ends a rest.
+//
 // # Concurrency
 //
 // All methods of Runner and Op may be called from any goroutine. A Store must

@@ -197,6 +197,13 @@ func (o *Op) leave() {
 	o.log.Warn("the operation is left to the next daemon")
 }
 
+// leavesAtStop reports whether the recipe notices a stop by itself.
+func (o *Op) leavesAtStop() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.leaves
+}
+
 // gaveIn reports whether err is the recipe's way to say that it noticed the
 // cancel.
 func (o *Op) gaveIn(err error) bool {
@@ -221,6 +228,7 @@ func (o *Op) close(ctx context.Context, e event, failure *Failure) {
 	o.saving.Lock()
 	defer o.saving.Unlock()
 	rec.State = must(next(rec.State, e))
+	rec.Paused = false
 	rec.Failure = failure
 	rec.Ended = now()
 	rec.Revision++

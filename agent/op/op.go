@@ -34,6 +34,8 @@ type Op struct {
 	tooLate   string // why a cancel comes too late; empty when it does not
 	recovered bool   // it was taken over by recovery
 	wasAsked  bool   // a cancel was acknowledged before it was taken over
+	leaves    bool   // a stop of the daemon does not cancel it
+	pausable  bool   // the recipe looks at whether it is paused
 	unsaved   bool   // it has ended and the store does not know
 	reverts   []reversion
 	cleanups  []func()
@@ -208,6 +210,22 @@ func (o *Op) PointOfNoReturn() error {
 	return nil
 }
 
+// LeaveAtStop says that the recipe watches for the daemon's stop by itself, and
+// returns ErrLeave then: a stop does not cancel the operation.
+func (o *Op) LeaveAtStop() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.leaves = true
+}
+
+// LetCancel lets an operation that was taken over be cancelled, as it could be
+// before. Its recipe sees to what that means.
+func (o *Op) LetCancel() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.tooLate = ""
+}
+
 // cancel acknowledges a cancel.
 func (o *Op) cancel(reason string) (Record, error) {
 	o.mu.Lock()
@@ -229,7 +247,7 @@ func (o *Op) cancel(reason string) (Record, error) {
 		message += ": " + reason
 	}
 	o.cancelled = fault.New(fault.Cancelled, "%s", message)
-	o.rec.State = state
+	o.rec.State, o.rec.Paused = state, false
 	o.tell()
 	o.abort(o.cancelled)
 	return o.rec.clone(), nil

@@ -22,6 +22,7 @@ const (
 	KindPreviewCommit Kind = "preview-commit" // keep it
 	KindPreviewUndo   Kind = "preview-undo"   // go back
 	KindRepair        Kind = "repair"         // put right what the doctor has found
+	KindDelete        Kind = "delete"         // delete snapshots, and merge what nothing needs any more
 	KindExport        Kind = "export"         // make a standalone image of a snapshot's disk
 	KindClone         Kind = "clone"          // make a disk or a VM from a snapshot
 	KindSettle        Kind = "settle"         // point launch paths at the active layers of a stopped VM
@@ -60,6 +61,7 @@ type Record struct {
 	Warnings  []Warning
 	Failure   *Failure // set when State is Failed or Cancelled
 	Partial   bool     // succeeded, but not for everything that was asked for
+	Paused    bool     // it rests until somebody lets it go on
 	Snapshot  string   // id of the snapshot that the operation made; empty when none
 	Created   time.Time
 	Started   time.Time // zero until it runs

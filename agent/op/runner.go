@@ -331,7 +331,7 @@ func (r *Runner) Shutdown(ctx context.Context) error {
 	ops := slices.Collect(maps.Values(r.ops))
 	r.mu.Unlock()
 	for _, o := range ops {
-		if slices.Contains(waiting, o) {
+		if slices.Contains(waiting, o) || o.leavesAtStop() {
 			continue
 		}
 		if _, err := o.cancel("vmsnapd is stopping"); err != nil {

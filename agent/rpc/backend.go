@@ -27,6 +27,8 @@ type Backend interface {
 	Snapshot(ctx context.Context, ref string) (agent.SnapshotView, error)
 	RenameSnapshot(ctx context.Context, ref, newName string) (agent.SnapshotView, error)
 	VerifySnapshot(ctx context.Context, ref string, uid uint32) (op.Record, error)
+	PlanDelete(ctx context.Context, req agent.DeleteRequest) (agent.DeletePlan, error)
+	DeleteSnapshots(ctx context.Context, req agent.DeleteRequest) (op.Record, error)
 	PlanRestore(ctx context.Context, req agent.RestoreRequest) (agent.RestorePlan, error)
 	RestoreSnapshot(ctx context.Context, req agent.RestoreRequest) (op.Record, error)
 	PreviewSnapshot(ctx context.Context, req agent.PreviewRequest) (op.Record, error)
@@ -44,6 +46,8 @@ type Backend interface {
 	// time when it ends. It stops with ctx.
 	WatchOperation(ctx context.Context, id string) iter.Seq2[op.Record, error]
 	CancelOperation(ctx context.Context, id string) (op.Record, error)
+	PauseOperation(ctx context.Context, id string) (op.Record, error)
+	ResumeOperation(ctx context.Context, id string) (op.Record, error)
 
 	CreateSchedule(ctx context.Context, spec agent.ScheduleSpec, uid uint32) (agent.ScheduleView, error)
 	Schedules(ctx context.Context) ([]agent.ScheduleView, error)

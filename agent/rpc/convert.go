@@ -98,6 +98,7 @@ func operationProto(r op.Record) *vmsnapv1.Operation {
 
 		QueuePosition: uint32(max(r.Queue.Position, 0)),
 		QueueReason:   text(r.Queue.Reason),
+		Paused:        r.Paused,
 	}
 }
 
@@ -204,6 +205,7 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		Memory:      memoryProto(s.Memory),
 		Group:       groupProto(s.Group),
 		Automatic:   s.Automatic,
+		State:       pointStates[s.State],
 		Template:    s.Template,
 		Clones:      each(s.Clones, cloneProto),
 		Space:       snapshotSpaceProto(s.Space),

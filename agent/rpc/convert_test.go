@@ -93,11 +93,15 @@ func TestEveryFieldIsConverted(t *testing.T) {
 	snapshot := filled[agent.SnapshotView]()
 	snapshot.Quiesce.Requested = string(agent.QuiesceRequire)
 	snapshot.Memory.Strategy = string(agent.MemoryPrecopy)
+	snapshot.State = catalog.PointInvalid
+	deletes := filled[agent.DeletePlan]()
+	deletes.Merges[0].Way = agent.MergeFlatten
 	for name, m := range map[string]proto.Message{
 		"VM":        vmProto(filled[agent.VMView]()),
 		"Operation": operationProto(filled[op.Record]()),
 		"Snapshot":  snapshotProto(snapshot),
 		"Plan":      planProto(filled[agent.Plan]()),
+		"Deletes":   deletePlanProto(deletes),
 		"Finding":   findingProto(filled[agent.Finding]()),
 		"Event":     eventProto(filled[event.Event]()),
 		"Schedule":  scheduleProto(filled[agent.ScheduleView]()),
@@ -116,7 +120,7 @@ func empty(t *testing.T, path string, m protoreflect.Message) {
 		fd := fields.Get(i)
 		here := path + "." + string(fd.Name())
 		switch {
-		case here == "Plan.blockers.operation_id": // only busy errors have one
+		case here == "Plan.blockers.operation_id", here == "Deletes.blockers.operation_id": // only busy errors have one
 		case here == "Schedule.spec.snapshot.vm" || here == "Schedule.spec.snapshot.name" || here == "Schedule.spec.snapshot.request_id": // the schedule's own
 		case !m.Has(fd):
 			t.Errorf("%s is empty", here)

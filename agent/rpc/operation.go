@@ -70,3 +70,25 @@ func (s operationService) CancelOperation(ctx context.Context, req *connect.Requ
 	}
 	return connect.NewResponse(&vmsnapv1.CancelOperationResponse{Operation: operationProto(record)}), nil
 }
+
+func (s operationService) PauseOperation(ctx context.Context, req *connect.Request[vmsnapv1.PauseOperationRequest]) (*connect.Response[vmsnapv1.PauseOperationResponse], error) {
+	if err := checkRef("id", req.Msg.GetId()); err != nil {
+		return nil, err
+	}
+	record, err := s.backend.PauseOperation(ctx, req.Msg.GetId())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.PauseOperationResponse{Operation: operationProto(record)}), nil
+}
+
+func (s operationService) ResumeOperation(ctx context.Context, req *connect.Request[vmsnapv1.ResumeOperationRequest]) (*connect.Response[vmsnapv1.ResumeOperationResponse], error) {
+	if err := checkRef("id", req.Msg.GetId()); err != nil {
+		return nil, err
+	}
+	record, err := s.backend.ResumeOperation(ctx, req.Msg.GetId())
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.ResumeOperationResponse{Operation: operationProto(record)}), nil
+}

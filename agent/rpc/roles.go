@@ -26,7 +26,7 @@ const (
 	NoRole   Role = iota // nothing
 	Viewer               // look at VMs, snapshots and operations
 	Operator             // also take and rename snapshots, freeze, thaw and cancel
-	Admin                // also restore and export, and remove records and protections
+	Admin                // also delete, restore and export, and remove records and protections
 )
 
 // String returns the role's name in the configuration.
@@ -65,6 +65,9 @@ var needed = map[string]Role{
 	vmsnapv1connect.SnapshotServiceVerifySnapshotProcedure: Operator,
 	vmsnapv1connect.SnapshotServicePlanRestoreProcedure:    Operator,
 	vmsnapv1connect.SnapshotServiceGetPreviewProcedure:     Viewer,
+	vmsnapv1connect.SnapshotServicePlanDeleteProcedure:     Operator,
+	// What is deleted is gone.
+	vmsnapv1connect.SnapshotServiceDeleteSnapshotsProcedure: Admin,
 	// A restore takes away what was written since.
 	vmsnapv1connect.SnapshotServiceRestoreSnapshotProcedure: Admin,
 	vmsnapv1connect.SnapshotServicePreviewSnapshotProcedure: Admin,
@@ -81,6 +84,8 @@ var needed = map[string]Role{
 	vmsnapv1connect.OperationServiceGetOperationProcedure:    Viewer,
 	vmsnapv1connect.OperationServiceWatchOperationProcedure:  Viewer,
 	vmsnapv1connect.OperationServiceCancelOperationProcedure: Operator,
+	vmsnapv1connect.OperationServicePauseOperationProcedure:  Operator,
+	vmsnapv1connect.OperationServiceResumeOperationProcedure: Operator,
 
 	vmsnapv1connect.EventServiceListEventsProcedure:  Viewer,
 	vmsnapv1connect.EventServiceWatchEventsProcedure: Viewer,

@@ -31,6 +31,8 @@ func TestOutputInEachFormat(t *testing.T) {
 		"operation-show":   "operation show c0ffee01",
 		"operation-watch":  "operation watch c0ffee01",
 		"operation-cancel": "operation cancel 0badcafe",
+		"operation-pause":  "operation pause 0badcafe",
+		"operation-resume": "operation resume 0badcafe",
 		"event-list":       "event list",
 		"schedule-list":    "schedule list",
 		"schedule-show":    "schedule show nightly",
@@ -154,6 +156,19 @@ func TestOutput(t *testing.T) {
 		"clone-disk":            {line: "snapshot clone web/before-upgrade /srv/a.qcow2 --disk root", setup: clones},
 		"clone-disk-full":       {line: "snapshot clone web/before-upgrade /srv/a.qcow2 --full", setup: clones},
 		"usage-clone-name":      {line: "snapshot clone web/before-upgrade a.qcow2"},
+		"delete":                {line: "snapshot delete web/nightly web/live", setup: deletes},
+		"delete-chosen":         {line: "snapshot delete web --older-than 30d --label team=infra --speed 100MiB -o json", setup: deletes},
+		"delete-plan":           {line: "snapshot delete web/nightly --dry-run", setup: deletes},
+		"delete-plan-wide":      {line: "snapshot delete web/nightly --dry-run -o wide", setup: deletes},
+		"delete-plan-json":      {line: "snapshot delete web/nightly --dry-run -o json", setup: deletes},
+		"delete-plan-refused":   {line: "snapshot delete web/alpha --dry-run", setup: deletesNothing},
+		"delete-refused":        {line: "snapshot delete web/alpha", setup: deletesNothing},
+		"snapshot-list-states":  {line: "snapshot list web", setup: unrestorable},
+		"snapshot-show-states":  {line: "snapshot show web/half", setup: unrestorable},
+		"help-delete":           {line: "snapshot delete --help"},
+		"usage-delete-both":     {line: "snapshot delete web/nightly --all"},
+		"usage-delete-age":      {line: "snapshot delete web --older-than long"},
+		"usage-delete-speed":    {line: "snapshot delete web --all --speed fast"},
 		"template":              {line: "snapshot template web/nightly"},
 		"template-off":          {line: "snapshot template web/nightly --off"},
 		"disk-forget-unknown":   {line: "disk forget /srv/a.qcow2"},
@@ -255,6 +270,58 @@ func clones(b *rpctest.Backend) {
 	b.Script(rpctest.Script{CloneDisk: func(context.Context, agent.CloneDiskRequest) (op.Record, error) {
 		return b.PutOperation(done(op.KindClone)), nil
 	}})
+}
+
+// deletes has deletions succeed, and plans them.
+func deletes(b *rpctest.Backend) {
+	b.Script(rpctest.Script{
+		Delete: func(_ context.Context, req agent.DeleteRequest) (op.Record, error) {
+			chosen := req.VM == "web" && req.OlderThan == 30*24*time.Hour && req.Labels["team"] == "infra" && req.Speed == 100<<20
+			if req.RequestID == "" || len(req.Snapshots) != 2 && !chosen {
+				return op.Record{}, fmt.Errorf("a deletion of %+v", req)
+			}
+			return b.PutOperation(done(op.KindDelete)), nil
+		},
+		PlanDelete: func(_ context.Context, req agent.DeleteRequest) (agent.DeletePlan, error) {
+			return agent.DeletePlan{
+				VM: "web", Snapshots: []string{"nightly"}, Live: true, Memory: 3 << 30, Moved: 700 << 20, Freed: 3<<30 + 120<<20,
+				Merges: []agent.PlanMerge{
+					{Device: "root", Way: agent.MergeStream, Layer: "/srv/vm/web/root.1c22.qcow2", Into: "/srv/vm/web/root.7f3a.qcow2", Live: true, Bytes: 400 << 20, Room: 280 << 20, Other: 6 << 30},
+					{Device: "data", Way: agent.MergeCommit, Layer: "/srv/vm/web/data.7f3a.qcow2", Into: "/srv/vm/web/data.raw", Bytes: 300 << 20, Only: "/clone lies on /srv/vm/web/data.7f3a.qcow2"},
+					{Device: "data", Way: agent.MergeRemove, Layer: "/srv/vm/web/data.0bad.qcow2"},
+				},
+				Kept: []agent.PlanKept{
+					{Device: "root", Layer: "/srv/vm/web/root.0aaa.qcow2", Reason: "2 layers lie on it", Dependants: []string{"web/live", "the state of disk root now"}},
+					{Device: "data", Layer: "/srv/vm/web/data.raw", Reason: "it is a block device"},
+				},
+			}, nil
+		},
+	})
+}
+
+// deletesNothing has deletions refused.
+func deletesNothing(b *rpctest.Backend) {
+	refusal := fault.New(fault.HasDependants, "VM web: disk root: web/live, the state of disk root now lie on the layer /srv/vm/web/root.0aaa.qcow2").
+		WithHint("--flatten copies into each what it needs; --keep-layers keeps the layer for as long as they lie on it")
+	b.Script(rpctest.Script{
+		Delete: func(context.Context, agent.DeleteRequest) (op.Record, error) { return op.Record{}, refusal },
+		PlanDelete: func(context.Context, agent.DeleteRequest) (agent.DeletePlan, error) {
+			return agent.DeletePlan{VM: "web", Snapshots: []string{"alpha"}, Live: true, Blockers: []*fault.Error{refusal}}, nil
+		},
+	})
+}
+
+// unrestorable adds snapshots that cannot be restored.
+func unrestorable(b *rpctest.Backend) {
+	for name, state := range map[string]catalog.PointState{"half": catalog.PointInvalid, "going": catalog.PointDeleting} {
+		s := taken(name)
+		s.ID, s.State, s.Warnings = name, state, nil
+		if name == "half" {
+			s.Disks[0].LayerID = ""
+			s.Created = s.Created.Add(-time.Hour)
+		}
+		b.AddSnapshot(s)
+	}
 }
 
 // done is an operation on web that has succeeded.

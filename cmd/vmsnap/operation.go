@@ -18,8 +18,8 @@ import (
 func (a *app) operation() *cobra.Command {
 	return a.group(&cobra.Command{
 		Use:   "operation",
-		Short: "Show, watch and cancel operations",
-	}, a.operationList(), a.operationShow(), a.operationWatch(), a.operationCancel())
+		Short: "Show, watch, pause and cancel operations",
+	}, a.operationList(), a.operationShow(), a.operationWatch(), a.operationPause(), a.operationResume(), a.operationCancel())
 }
 
 func (a *app) operationList() *cobra.Command {
@@ -89,8 +89,11 @@ func operationState(o *vmsnapv1.Operation) string {
 	if n := o.GetQueuePosition(); n > 0 {
 		return fmt.Sprintf("%s,%d", word(o.GetState()), n)
 	}
-	if o.GetPartial() {
+	switch {
+	case o.GetPartial():
 		return word(o.GetState()) + ",partial"
+	case o.GetPaused():
+		return word(o.GetState()) + ",paused"
 	}
 	return word(o.GetState())
 }
@@ -257,13 +260,59 @@ past its point of no return completes, and the exit code is 9.`,
 			if err != nil {
 				return err
 			}
-			o := res.Msg.GetOperation()
-			r := operationResult(o)
-			r.human = func(p page, _ bool) error {
-				p.line("operation %s is %s", o.GetId(), operationState(o))
-				return nil
+			return a.print(standingResult(res.Msg.GetOperation()))
+		},
+	}
+}
+
+// standingResult says how an operation stands now.
+func standingResult(o *vmsnapv1.Operation) result {
+	r := operationResult(o)
+	r.human = func(p page, _ bool) error {
+		p.line("operation %s is %s", o.GetId(), operationState(o))
+		return nil
+	}
+	return r
+}
+
+func (a *app) operationPause() *cobra.Command {
+	return &cobra.Command{
+		Use:   "pause ID",
+		Short: "Let an operation rest",
+		Long: `Let an operation rest that moves data for long, such as a deletion of snapshots,
+until "vmsnap operation resume". It stays paused over restarts of the daemon, and
+its VM is held for it meanwhile. Operations that cannot rest say so; the exit code
+is 14.`,
+		Example:           `  vmsnap operation pause c0ffee01`,
+		Args:              takes("ID"),
+		ValidArgsFunction: a.completing(a.completeOperations(true)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+			defer cancel()
+			res, err := a.client().Operations().PauseOperation(ctx, connect.NewRequest(&vmsnapv1.PauseOperationRequest{Id: args[0]}))
+			if err != nil {
+				return err
 			}
-			return a.print(r)
+			return a.print(standingResult(res.Msg.GetOperation()))
+		},
+	}
+}
+
+func (a *app) operationResume() *cobra.Command {
+	return &cobra.Command{
+		Use:               "resume ID",
+		Short:             "Let a paused operation go on",
+		Example:           `  vmsnap operation resume c0ffee01`,
+		Args:              takes("ID"),
+		ValidArgsFunction: a.completing(a.completeOperations(true)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+			defer cancel()
+			res, err := a.client().Operations().ResumeOperation(ctx, connect.NewRequest(&vmsnapv1.ResumeOperationRequest{Id: args[0]}))
+			if err != nil {
+				return err
+			}
+			return a.print(standingResult(res.Msg.GetOperation()))
 		},
 	}
 }

@@ -39,7 +39,8 @@ type lines struct {
 	out   io.Writer
 	state vmsnapv1.OperationState
 	place uint32 // in the queue
-	ended int    // steps that were told of
+	rests bool
+	ended int // steps that were told of
 }
 
 func (l *lines) update(o *vmsnapv1.Operation) {
@@ -74,8 +75,11 @@ func (l *lines) steps(o *vmsnapv1.Operation, line func(mark string, s *vmsnapv1.
 // steps do not tell of. An operation that has just begun is queued for a moment,
 // which is nothing to tell; one that waits for its turn tells where it stands.
 func (l *lines) turn(o *vmsnapv1.Operation) (string, bool) {
-	before, place := l.state, l.place
-	l.state, l.place = o.GetState(), o.GetQueuePosition()
+	before, place, rests := l.state, l.place, l.rests
+	l.state, l.place, l.rests = o.GetState(), o.GetQueuePosition(), o.GetPaused()
+	if l.rests && !rests {
+		return "paused; vmsnap operation resume " + o.GetId() + " lets it go on", true
+	}
 	if l.place > 0 && l.place != place {
 		return fmt.Sprintf("waits for its turn, at place %d: %s", l.place, o.GetQueueReason()), true
 	}
@@ -189,6 +193,9 @@ const spinner = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 func (b *bar) text() string {
 	frames := []rune(spinner)
 	parts := []string{string(frames[b.frame%len(frames)]), operationVM(b.last) + ":"}
+	if b.last.GetPaused() {
+		parts = append(parts, "paused,")
+	}
 	switch b.last.GetState() {
 	case vmsnapv1.OperationState_OPERATION_STATE_QUEUED, vmsnapv1.OperationState_OPERATION_STATE_CANCELLING,
 		vmsnapv1.OperationState_OPERATION_STATE_REVERTING:

@@ -23,6 +23,7 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 		"ID", s.GetId(),
 		"Taken", p.when(s.GetCreated()),
 		"Consistency", word(s.GetConsistency()),
+		"State", stateText(s.GetState()),
 		"Partial", partial,
 		"Template", templateText(s.GetTemplate()),
 		"Parent", s.GetPosition().GetParentId(),
@@ -42,7 +43,11 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 	var rows [][]string
 	for _, d := range s.GetDisks() {
 		row := []string{d.GetDevice(), size(d.GetVirtualSize()), "excluded"}
-		if !d.GetExcluded() {
+		switch {
+		case d.GetExcluded():
+		case d.GetPath() == "" && s.GetState() > vmsnapv1.PointState_POINT_STATE_VALID:
+			row[2] = "merged"
+		default:
 			row = []string{d.GetDevice(), size(d.GetVirtualSize()), d.GetPath(), d.GetFormat(), size(d.GetAllocated())}
 		}
 		rows = append(rows, row)
@@ -50,6 +55,18 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 	p.columns("  ", rows)
 	cloneList(p, s.GetClones())
 	warningList(p, s.GetWarnings())
+}
+
+// stateText says why a snapshot cannot be restored.
+func stateText(state vmsnapv1.PointState) string {
+	switch state {
+	case vmsnapv1.PointState_POINT_STATE_DELETING:
+		return "deleting: it cannot be restored any more"
+	case vmsnapv1.PointState_POINT_STATE_INVALID:
+		return "invalid: its deletion was begun, and it cannot be restored; delete it"
+	default:
+		return ""
+	}
 }
 
 func templateText(template bool) string {

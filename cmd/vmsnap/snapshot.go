@@ -16,8 +16,8 @@ import (
 func (a *app) snapshot() *cobra.Command {
 	return a.group(&cobra.Command{
 		Use:   "snapshot",
-		Short: "Take, show, restore, export, clone, verify and rename snapshots",
-	}, a.snapshotCreate(), a.snapshotCreateGroup(), a.snapshotList(), a.snapshotShow(), a.snapshotRestore(), a.snapshotPreview(), a.snapshotExport(), a.snapshotClone(), a.snapshotTemplate(), a.snapshotVerify(), a.snapshotRename())
+		Short: "Take, show, restore, export, clone, verify, rename and delete snapshots",
+	}, a.snapshotCreate(), a.snapshotCreateGroup(), a.snapshotList(), a.snapshotShow(), a.snapshotRestore(), a.snapshotPreview(), a.snapshotExport(), a.snapshotClone(), a.snapshotTemplate(), a.snapshotVerify(), a.snapshotRename(), a.snapshotDelete())
 }
 
 func (a *app) snapshotList() *cobra.Command {
@@ -152,6 +152,9 @@ func consistencyText(s *vmsnapv1.Snapshot) string {
 	}
 	if s.GetTemplate() {
 		text += ",template"
+	}
+	if s.GetState() > vmsnapv1.PointState_POINT_STATE_VALID {
+		text += "," + word(s.GetState())
 	}
 	return text
 }

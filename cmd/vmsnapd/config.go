@@ -56,6 +56,9 @@ type config struct {
 	MaxOperations           int
 	MaxOperationsPerStorage int
 
+	MergeSpeed int // MiB a second
+	MaxChain   int
+
 	ScheduleMaxKeep int
 	ScheduleMaxAge  time.Duration
 
@@ -74,6 +77,7 @@ func (c *config) settings() map[string]any {
 		"hooks-dir": &c.HooksDir, "hook-timeout": &c.HookTimeout, "hook-timeouts": &c.HookTimeouts, "hooks-fail-closed": &c.HooksFailClosed,
 		"profiles":       &c.Profiles,
 		"max-operations": &c.MaxOperations, "max-operations-per-storage": &c.MaxOperationsPerStorage,
+		"merge-speed": &c.MergeSpeed, "max-chain": &c.MaxChain,
 		"schedule-max-keep": &c.ScheduleMaxKeep, "schedule-max-age": &c.ScheduleMaxAge,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
 	}
@@ -110,6 +114,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&c.HooksFailClosed, "hooks-fail-closed", []string{string(hook.PreFreeze), string(hook.PreRestore)}, "`phases` of which a hook that fails counts")
 	f.IntVar(&c.MaxOperations, "max-operations", 0, "how many operations run at the same time (default: any number)")
 	f.IntVar(&c.MaxOperationsPerStorage, "max-operations-per-storage", 0, "how many of them on the same file system or device (default: any number)")
+	f.IntVar(&c.MergeSpeed, "merge-speed", 0, "`MiB` a second that deleting a snapshot copies at most, unless its request says otherwise (default: any number)")
+	f.IntVar(&c.MaxChain, "max-chain", agent.DefaultMaxChain, "how many layers of a disk may lie on each other; 0: any number")
 	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look")
 	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw")
 	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything")
@@ -252,7 +258,7 @@ func (c *config) check() error {
 	if c.EventMaxAge <= 0 {
 		return c.wrong("event-max-age", "%s is not more than 0", c.EventMaxAge)
 	}
-	if err := c.checkHooks(); err != nil {
+	if err := errors.Join(c.checkHooks(), c.checkMerges()); err != nil {
 		return err
 	}
 	if c.LogFormat != "text" && c.LogFormat != "json" {
@@ -262,6 +268,17 @@ func (c *config) check() error {
 		if _, _, err := net.SplitHostPort(c.MetricsListen); err != nil {
 			return c.wrong("metrics-listen", "%w", err)
 		}
+	}
+	return nil
+}
+
+// checkMerges refuses what says nothing of merges.
+func (c *config) checkMerges() error {
+	if c.MergeSpeed < 0 {
+		return c.wrong("merge-speed", "%d is less than 0", c.MergeSpeed)
+	}
+	if c.MaxChain < 0 || c.MaxChain == 1 {
+		return c.wrong("max-chain", "%d is neither 0 nor at least 2", c.MaxChain)
 	}
 	return nil
 }

@@ -68,6 +68,8 @@ func TestConfigErrorsNameTheSetting(t *testing.T) {
 		"socket: /" + strings.Repeat("x", 110) + "\n": "vmsnapd.yaml:1: socket: ",
 		"metrics-listen: localhost\n":                 "vmsnapd.yaml:1: metrics-listen: ",
 		"max-operations: -1\n":                        "vmsnapd.yaml:1: max-operations: ",
+		"merge-speed: -1\n":                           "vmsnapd.yaml:1: merge-speed: ",
+		"max-chain: 1\n":                              "vmsnapd.yaml:1: max-chain: ",
 		"max-operations-per-storage: many\n":          "vmsnapd.yaml:1: max-operations-per-storage: must be a number",
 		"hooks-dir: hooks.d\n":                        "vmsnapd.yaml:1: hooks-dir: ",
 		"hooks-fail-closed: [pre-frees]\n":            `vmsnapd.yaml:1: hooks-fail-closed: "pre-frees" is no phase; known are [pre-freeze `,

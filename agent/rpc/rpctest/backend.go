@@ -21,6 +21,8 @@ type Script struct {
 	Verify      func(ctx context.Context, ref string, uid uint32) (op.Record, error)
 	PlanRestore func(context.Context, agent.RestoreRequest) (agent.RestorePlan, error)
 	Restore     func(context.Context, agent.RestoreRequest) (op.Record, error)
+	PlanDelete  func(context.Context, agent.DeleteRequest) (agent.DeletePlan, error)
+	Delete      func(context.Context, agent.DeleteRequest) (op.Record, error)
 	OpenPreview func(context.Context, agent.PreviewRequest) (op.Record, error)
 	Export      func(context.Context, agent.ExportRequest) (op.Record, error)
 	CloneDisk   func(context.Context, agent.CloneDiskRequest) (op.Record, error)

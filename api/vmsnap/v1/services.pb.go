@@ -2459,11 +2459,187 @@ func (x *CancelOperationResponse) GetOperation() *Operation {
 	return nil
 }
 
+type PauseOperationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseOperationRequest) Reset() {
+	*x = PauseOperationRequest{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseOperationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseOperationRequest) ProtoMessage() {}
+
+func (x *PauseOperationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseOperationRequest.ProtoReflect.Descriptor instead.
+func (*PauseOperationRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *PauseOperationRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type PauseOperationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseOperationResponse) Reset() {
+	*x = PauseOperationResponse{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseOperationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseOperationResponse) ProtoMessage() {}
+
+func (x *PauseOperationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseOperationResponse.ProtoReflect.Descriptor instead.
+func (*PauseOperationResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *PauseOperationResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+type ResumeOperationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeOperationRequest) Reset() {
+	*x = ResumeOperationRequest{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeOperationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeOperationRequest) ProtoMessage() {}
+
+func (x *ResumeOperationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeOperationRequest.ProtoReflect.Descriptor instead.
+func (*ResumeOperationRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *ResumeOperationRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ResumeOperationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeOperationResponse) Reset() {
+	*x = ResumeOperationResponse{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeOperationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeOperationResponse) ProtoMessage() {}
+
+func (x *ResumeOperationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeOperationResponse.ProtoReflect.Descriptor instead.
+func (*ResumeOperationResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *ResumeOperationResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
 var File_vmsnap_v1_services_proto protoreflect.FileDescriptor
 
 const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\n" +
-	"\x18vmsnap/v1/services.proto\x12\tvmsnap.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16vmsnap/v1/clones.proto\x1a\x18vmsnap/v1/restores.proto\x1a\x15vmsnap/v1/types.proto\"\x10\n" +
+	"\x18vmsnap/v1/services.proto\x12\tvmsnap.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16vmsnap/v1/clones.proto\x1a\x17vmsnap/v1/deletes.proto\x1a\x18vmsnap/v1/restores.proto\x1a\x15vmsnap/v1/types.proto\"\x10\n" +
 	"\x0eListVMsRequest\"{\n" +
 	"\x0fListVMsResponse\x12\x1f\n" +
 	"\x03vms\x18\x01 \x03(\v2\r.vmsnap.v1.VMR\x03vms\x12\x1c\n" +
@@ -2631,6 +2807,14 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x16CancelOperationRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"M\n" +
 	"\x17CancelOperationResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"'\n" +
+	"\x15PauseOperationRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"L\n" +
+	"\x16PauseOperationResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"(\n" +
+	"\x16ResumeOperationRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"M\n" +
+	"\x17ResumeOperationResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation2\xc8\x04\n" +
 	"\tVMService\x12E\n" +
 	"\aListVMs\x12\x19.vmsnap.v1.ListVMsRequest\x1a\x1a.vmsnap.v1.ListVMsResponse\"\x03\x90\x02\x01\x12?\n" +
@@ -2641,7 +2825,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\n" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse\x12U\n" +
-	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xa0\v\n" +
+	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xcf\f\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12L\n" +
 	"\vCreateGroup\x12\x1d.vmsnap.v1.CreateGroupRequest\x1a\x1e.vmsnap.v1.CreateGroupResponse\x12V\n" +
@@ -2650,6 +2834,9 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\vGetSnapshot\x12\x1d.vmsnap.v1.GetSnapshotRequest\x1a\x1e.vmsnap.v1.GetSnapshotResponse\"\x03\x90\x02\x01\x12U\n" +
 	"\x0eRenameSnapshot\x12 .vmsnap.v1.RenameSnapshotRequest\x1a!.vmsnap.v1.RenameSnapshotResponse\x12U\n" +
 	"\x0eVerifySnapshot\x12 .vmsnap.v1.VerifySnapshotRequest\x1a!.vmsnap.v1.VerifySnapshotResponse\x12X\n" +
+	"\x0fDeleteSnapshots\x12!.vmsnap.v1.DeleteSnapshotsRequest\x1a\".vmsnap.v1.DeleteSnapshotsResponse\x12S\n" +
+	"\n" +
+	"PlanDelete\x12!.vmsnap.v1.DeleteSnapshotsRequest\x1a\x1d.vmsnap.v1.PlanDeleteResponse\"\x03\x90\x02\x01\x12X\n" +
 	"\x0fRestoreSnapshot\x12!.vmsnap.v1.RestoreSnapshotRequest\x1a\".vmsnap.v1.RestoreSnapshotResponse\x12X\n" +
 	"\x0fPreviewSnapshot\x12!.vmsnap.v1.PreviewSnapshotRequest\x1a\".vmsnap.v1.PreviewSnapshotResponse\x12N\n" +
 	"\n" +
@@ -2660,12 +2847,14 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x0eExportSnapshot\x12 .vmsnap.v1.ExportSnapshotRequest\x1a!.vmsnap.v1.ExportSnapshotResponse\x12F\n" +
 	"\tCloneDisk\x12\x1b.vmsnap.v1.CloneDiskRequest\x1a\x1c.vmsnap.v1.CloneDiskResponse\x12L\n" +
 	"\vForgetClone\x12\x1d.vmsnap.v1.ForgetCloneRequest\x1a\x1e.vmsnap.v1.ForgetCloneResponse\x12L\n" +
-	"\vSetTemplate\x12\x1d.vmsnap.v1.SetTemplateRequest\x1a\x1e.vmsnap.v1.SetTemplateResponse2\xf7\x02\n" +
+	"\vSetTemplate\x12\x1d.vmsnap.v1.SetTemplateRequest\x1a\x1e.vmsnap.v1.SetTemplateResponse2\xa8\x04\n" +
 	"\x10OperationService\x12Z\n" +
 	"\x0eListOperations\x12 .vmsnap.v1.ListOperationsRequest\x1a!.vmsnap.v1.ListOperationsResponse\"\x03\x90\x02\x01\x12T\n" +
 	"\fGetOperation\x12\x1e.vmsnap.v1.GetOperationRequest\x1a\x1f.vmsnap.v1.GetOperationResponse\"\x03\x90\x02\x01\x12W\n" +
 	"\x0eWatchOperation\x12 .vmsnap.v1.WatchOperationRequest\x1a!.vmsnap.v1.WatchOperationResponse0\x01\x12X\n" +
-	"\x0fCancelOperation\x12!.vmsnap.v1.CancelOperationRequest\x1a\".vmsnap.v1.CancelOperationResponseB1Z/github.com/vmsnap/vmsnap/api/vmsnap/v1;vmsnapv1b\x06proto3"
+	"\x0fCancelOperation\x12!.vmsnap.v1.CancelOperationRequest\x1a\".vmsnap.v1.CancelOperationResponse\x12U\n" +
+	"\x0ePauseOperation\x12 .vmsnap.v1.PauseOperationRequest\x1a!.vmsnap.v1.PauseOperationResponse\x12X\n" +
+	"\x0fResumeOperation\x12!.vmsnap.v1.ResumeOperationRequest\x1a\".vmsnap.v1.ResumeOperationResponseB1Z/github.com/vmsnap/vmsnap/api/vmsnap/v1;vmsnapv1b\x06proto3"
 
 var (
 	file_vmsnap_v1_services_proto_rawDescOnce sync.Once
@@ -2679,7 +2868,7 @@ func file_vmsnap_v1_services_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_services_proto_rawDescData
 }
 
-var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
 var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*ListVMsRequest)(nil),          // 0: vmsnap.v1.ListVMsRequest
 	(*ListVMsResponse)(nil),         // 1: vmsnap.v1.ListVMsResponse
@@ -2723,140 +2912,157 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*WatchOperationResponse)(nil),  // 39: vmsnap.v1.WatchOperationResponse
 	(*CancelOperationRequest)(nil),  // 40: vmsnap.v1.CancelOperationRequest
 	(*CancelOperationResponse)(nil), // 41: vmsnap.v1.CancelOperationResponse
-	nil,                             // 42: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	nil,                             // 43: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	(*VM)(nil),                      // 44: vmsnap.v1.VM
-	(*durationpb.Duration)(nil),     // 45: google.protobuf.Duration
-	(*Freeze)(nil),                  // 46: vmsnap.v1.Freeze
-	(Quiesce)(0),                    // 47: vmsnap.v1.Quiesce
-	(MemoryStrategy)(0),             // 48: vmsnap.v1.MemoryStrategy
-	(*Operation)(nil),               // 49: vmsnap.v1.Operation
-	(*Warning)(nil),                 // 50: vmsnap.v1.Warning
-	(*Error)(nil),                   // 51: vmsnap.v1.Error
-	(Consistency)(0),                // 52: vmsnap.v1.Consistency
-	(*Snapshot)(nil),                // 53: vmsnap.v1.Snapshot
-	(*RestoreSnapshotRequest)(nil),  // 54: vmsnap.v1.RestoreSnapshotRequest
-	(*PreviewSnapshotRequest)(nil),  // 55: vmsnap.v1.PreviewSnapshotRequest
-	(*GetPreviewRequest)(nil),       // 56: vmsnap.v1.GetPreviewRequest
-	(*CommitPreviewRequest)(nil),    // 57: vmsnap.v1.CommitPreviewRequest
-	(*UndoPreviewRequest)(nil),      // 58: vmsnap.v1.UndoPreviewRequest
-	(*ExportSnapshotRequest)(nil),   // 59: vmsnap.v1.ExportSnapshotRequest
-	(*CloneDiskRequest)(nil),        // 60: vmsnap.v1.CloneDiskRequest
-	(*ForgetCloneRequest)(nil),      // 61: vmsnap.v1.ForgetCloneRequest
-	(*SetTemplateRequest)(nil),      // 62: vmsnap.v1.SetTemplateRequest
-	(*RestoreSnapshotResponse)(nil), // 63: vmsnap.v1.RestoreSnapshotResponse
-	(*PreviewSnapshotResponse)(nil), // 64: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewResponse)(nil),      // 65: vmsnap.v1.GetPreviewResponse
-	(*CommitPreviewResponse)(nil),   // 66: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewResponse)(nil),     // 67: vmsnap.v1.UndoPreviewResponse
-	(*PlanRestoreResponse)(nil),     // 68: vmsnap.v1.PlanRestoreResponse
-	(*ExportSnapshotResponse)(nil),  // 69: vmsnap.v1.ExportSnapshotResponse
-	(*CloneDiskResponse)(nil),       // 70: vmsnap.v1.CloneDiskResponse
-	(*ForgetCloneResponse)(nil),     // 71: vmsnap.v1.ForgetCloneResponse
-	(*SetTemplateResponse)(nil),     // 72: vmsnap.v1.SetTemplateResponse
+	(*PauseOperationRequest)(nil),   // 42: vmsnap.v1.PauseOperationRequest
+	(*PauseOperationResponse)(nil),  // 43: vmsnap.v1.PauseOperationResponse
+	(*ResumeOperationRequest)(nil),  // 44: vmsnap.v1.ResumeOperationRequest
+	(*ResumeOperationResponse)(nil), // 45: vmsnap.v1.ResumeOperationResponse
+	nil,                             // 46: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	nil,                             // 47: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	(*VM)(nil),                      // 48: vmsnap.v1.VM
+	(*durationpb.Duration)(nil),     // 49: google.protobuf.Duration
+	(*Freeze)(nil),                  // 50: vmsnap.v1.Freeze
+	(Quiesce)(0),                    // 51: vmsnap.v1.Quiesce
+	(MemoryStrategy)(0),             // 52: vmsnap.v1.MemoryStrategy
+	(*Operation)(nil),               // 53: vmsnap.v1.Operation
+	(*Warning)(nil),                 // 54: vmsnap.v1.Warning
+	(*Error)(nil),                   // 55: vmsnap.v1.Error
+	(Consistency)(0),                // 56: vmsnap.v1.Consistency
+	(*Snapshot)(nil),                // 57: vmsnap.v1.Snapshot
+	(*DeleteSnapshotsRequest)(nil),  // 58: vmsnap.v1.DeleteSnapshotsRequest
+	(*RestoreSnapshotRequest)(nil),  // 59: vmsnap.v1.RestoreSnapshotRequest
+	(*PreviewSnapshotRequest)(nil),  // 60: vmsnap.v1.PreviewSnapshotRequest
+	(*GetPreviewRequest)(nil),       // 61: vmsnap.v1.GetPreviewRequest
+	(*CommitPreviewRequest)(nil),    // 62: vmsnap.v1.CommitPreviewRequest
+	(*UndoPreviewRequest)(nil),      // 63: vmsnap.v1.UndoPreviewRequest
+	(*ExportSnapshotRequest)(nil),   // 64: vmsnap.v1.ExportSnapshotRequest
+	(*CloneDiskRequest)(nil),        // 65: vmsnap.v1.CloneDiskRequest
+	(*ForgetCloneRequest)(nil),      // 66: vmsnap.v1.ForgetCloneRequest
+	(*SetTemplateRequest)(nil),      // 67: vmsnap.v1.SetTemplateRequest
+	(*DeleteSnapshotsResponse)(nil), // 68: vmsnap.v1.DeleteSnapshotsResponse
+	(*PlanDeleteResponse)(nil),      // 69: vmsnap.v1.PlanDeleteResponse
+	(*RestoreSnapshotResponse)(nil), // 70: vmsnap.v1.RestoreSnapshotResponse
+	(*PreviewSnapshotResponse)(nil), // 71: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewResponse)(nil),      // 72: vmsnap.v1.GetPreviewResponse
+	(*CommitPreviewResponse)(nil),   // 73: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewResponse)(nil),     // 74: vmsnap.v1.UndoPreviewResponse
+	(*PlanRestoreResponse)(nil),     // 75: vmsnap.v1.PlanRestoreResponse
+	(*ExportSnapshotResponse)(nil),  // 76: vmsnap.v1.ExportSnapshotResponse
+	(*CloneDiskResponse)(nil),       // 77: vmsnap.v1.CloneDiskResponse
+	(*ForgetCloneResponse)(nil),     // 78: vmsnap.v1.ForgetCloneResponse
+	(*SetTemplateResponse)(nil),     // 79: vmsnap.v1.SetTemplateResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
-	44, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
-	44, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
+	48, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
+	48, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
 	4,  // 2: vmsnap.v1.DiagnoseVMResponse.findings:type_name -> vmsnap.v1.Finding
 	4,  // 3: vmsnap.v1.RepairVMResponse.findings:type_name -> vmsnap.v1.Finding
 	11, // 4: vmsnap.v1.RebuildCatalogResponse.vms:type_name -> vmsnap.v1.RebuiltVM
-	45, // 5: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
-	45, // 6: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	46, // 7: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
-	45, // 8: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
-	42, // 9: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	47, // 10: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
-	45, // 11: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	45, // 12: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
-	48, // 13: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
-	45, // 14: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
-	49, // 15: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	45, // 16: vmsnap.v1.CreateGroupRequest.max_skew:type_name -> google.protobuf.Duration
+	49, // 5: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
+	49, // 6: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	50, // 7: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
+	49, // 8: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
+	46, // 9: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	51, // 10: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
+	49, // 11: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	49, // 12: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
+	52, // 13: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
+	49, // 14: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
+	53, // 15: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	49, // 16: vmsnap.v1.CreateGroupRequest.max_skew:type_name -> google.protobuf.Duration
 	18, // 17: vmsnap.v1.CreateGroupRequest.options:type_name -> vmsnap.v1.CreateSnapshotRequest
-	49, // 18: vmsnap.v1.CreateGroupResponse.operation:type_name -> vmsnap.v1.Operation
-	49, // 19: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 18: vmsnap.v1.CreateGroupResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 19: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
 	25, // 20: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
 	27, // 21: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
-	50, // 22: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
-	51, // 23: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
-	52, // 24: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
-	45, // 25: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
+	54, // 22: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
+	55, // 23: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
+	56, // 24: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
+	49, // 25: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
 	26, // 26: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
-	48, // 27: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	45, // 28: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
-	45, // 29: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
-	43, // 30: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	53, // 31: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
-	53, // 32: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	53, // 33: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	49, // 34: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
-	49, // 35: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	49, // 36: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	49, // 37: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	0,  // 38: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
-	2,  // 39: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
-	12, // 40: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
-	14, // 41: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
-	16, // 42: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
-	5,  // 43: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
-	7,  // 44: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
-	9,  // 45: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
-	18, // 46: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	20, // 47: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
-	18, // 48: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	28, // 49: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
-	30, // 50: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
-	32, // 51: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
-	22, // 52: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
-	54, // 53: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	55, // 54: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
-	56, // 55: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
-	57, // 56: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
-	58, // 57: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
-	54, // 58: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	59, // 59: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
-	60, // 60: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
-	61, // 61: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
-	62, // 62: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
-	34, // 63: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	36, // 64: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	38, // 65: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	40, // 66: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	1,  // 67: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 68: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	13, // 69: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	15, // 70: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	17, // 71: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	6,  // 72: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 73: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	10, // 74: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
-	19, // 75: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	21, // 76: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
-	24, // 77: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	29, // 78: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	31, // 79: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	33, // 80: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	23, // 81: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	63, // 82: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	64, // 83: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
-	65, // 84: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
-	66, // 85: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
-	67, // 86: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
-	68, // 87: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	69, // 88: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	70, // 89: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
-	71, // 90: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
-	72, // 91: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
-	35, // 92: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	37, // 93: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	39, // 94: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	41, // 95: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	67, // [67:96] is the sub-list for method output_type
-	38, // [38:67] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	52, // 27: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	49, // 28: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
+	49, // 29: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
+	47, // 30: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	57, // 31: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
+	57, // 32: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	57, // 33: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	53, // 34: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
+	53, // 35: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 36: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 37: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 38: vmsnap.v1.PauseOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 39: vmsnap.v1.ResumeOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	0,  // 40: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
+	2,  // 41: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
+	12, // 42: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
+	14, // 43: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
+	16, // 44: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
+	5,  // 45: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
+	7,  // 46: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
+	9,  // 47: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
+	18, // 48: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	20, // 49: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
+	18, // 50: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	28, // 51: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
+	30, // 52: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
+	32, // 53: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
+	22, // 54: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
+	58, // 55: vmsnap.v1.SnapshotService.DeleteSnapshots:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	58, // 56: vmsnap.v1.SnapshotService.PlanDelete:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	59, // 57: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	60, // 58: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
+	61, // 59: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
+	62, // 60: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
+	63, // 61: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
+	59, // 62: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	64, // 63: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
+	65, // 64: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
+	66, // 65: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
+	67, // 66: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
+	34, // 67: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	36, // 68: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	38, // 69: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	40, // 70: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	42, // 71: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
+	44, // 72: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
+	1,  // 73: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 74: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	13, // 75: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	15, // 76: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	17, // 77: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	6,  // 78: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 79: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	10, // 80: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
+	19, // 81: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	21, // 82: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
+	24, // 83: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	29, // 84: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	31, // 85: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	33, // 86: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	23, // 87: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	68, // 88: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
+	69, // 89: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
+	70, // 90: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	71, // 91: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	72, // 92: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	73, // 93: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	74, // 94: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	75, // 95: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	76, // 96: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	77, // 97: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
+	78, // 98: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
+	79, // 99: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
+	35, // 100: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	37, // 101: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	39, // 102: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	41, // 103: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	43, // 104: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
+	45, // 105: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
+	73, // [73:106] is the sub-list for method output_type
+	40, // [40:73] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_services_proto_init() }
@@ -2865,6 +3071,7 @@ func file_vmsnap_v1_services_proto_init() {
 		return
 	}
 	file_vmsnap_v1_clones_proto_init()
+	file_vmsnap_v1_deletes_proto_init()
 	file_vmsnap_v1_restores_proto_init()
 	file_vmsnap_v1_types_proto_init()
 	type x struct{}
@@ -2873,7 +3080,7 @@ func file_vmsnap_v1_services_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_services_proto_rawDesc), len(file_vmsnap_v1_services_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   44,
+			NumMessages:   48,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -344,6 +344,61 @@ func (VMState) EnumDescriptor() ([]byte, []int) {
 	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{4}
 }
 
+// PointState says whether what a snapshot holds can be restored.
+type PointState int32
+
+const (
+	PointState_POINT_STATE_UNSPECIFIED PointState = 0
+	PointState_POINT_STATE_VALID       PointState = 1
+	// It is being deleted.
+	PointState_POINT_STATE_DELETING PointState = 2
+	// Its deletion was begun and not finished: what it held is lost in part.
+	PointState_POINT_STATE_INVALID PointState = 3
+)
+
+// Enum value maps for PointState.
+var (
+	PointState_name = map[int32]string{
+		0: "POINT_STATE_UNSPECIFIED",
+		1: "POINT_STATE_VALID",
+		2: "POINT_STATE_DELETING",
+		3: "POINT_STATE_INVALID",
+	}
+	PointState_value = map[string]int32{
+		"POINT_STATE_UNSPECIFIED": 0,
+		"POINT_STATE_VALID":       1,
+		"POINT_STATE_DELETING":    2,
+		"POINT_STATE_INVALID":     3,
+	}
+)
+
+func (x PointState) Enum() *PointState {
+	p := new(PointState)
+	*p = x
+	return p
+}
+
+func (x PointState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PointState) Descriptor() protoreflect.EnumDescriptor {
+	return file_vmsnap_v1_types_proto_enumTypes[5].Descriptor()
+}
+
+func (PointState) Type() protoreflect.EnumType {
+	return &file_vmsnap_v1_types_proto_enumTypes[5]
+}
+
+func (x PointState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PointState.Descriptor instead.
+func (PointState) EnumDescriptor() ([]byte, []int) {
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{5}
+}
+
 // OperationState is where an operation is in its life.
 type OperationState int32
 
@@ -395,11 +450,11 @@ func (x OperationState) String() string {
 }
 
 func (OperationState) Descriptor() protoreflect.EnumDescriptor {
-	return file_vmsnap_v1_types_proto_enumTypes[5].Descriptor()
+	return file_vmsnap_v1_types_proto_enumTypes[6].Descriptor()
 }
 
 func (OperationState) Type() protoreflect.EnumType {
-	return &file_vmsnap_v1_types_proto_enumTypes[5]
+	return &file_vmsnap_v1_types_proto_enumTypes[6]
 }
 
 func (x OperationState) Number() protoreflect.EnumNumber {
@@ -408,7 +463,7 @@ func (x OperationState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OperationState.Descriptor instead.
 func (OperationState) EnumDescriptor() ([]byte, []int) {
-	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{5}
+	return file_vmsnap_v1_types_proto_rawDescGZIP(), []int{6}
 }
 
 type GuestAgent_Presence int32
@@ -450,11 +505,11 @@ func (x GuestAgent_Presence) String() string {
 }
 
 func (GuestAgent_Presence) Descriptor() protoreflect.EnumDescriptor {
-	return file_vmsnap_v1_types_proto_enumTypes[6].Descriptor()
+	return file_vmsnap_v1_types_proto_enumTypes[7].Descriptor()
 }
 
 func (GuestAgent_Presence) Type() protoreflect.EnumType {
-	return &file_vmsnap_v1_types_proto_enumTypes[6]
+	return &file_vmsnap_v1_types_proto_enumTypes[7]
 }
 
 func (x GuestAgent_Presence) Number() protoreflect.EnumNumber {
@@ -1493,7 +1548,9 @@ type Snapshot struct {
 	// has it, they descend from none.
 	Here *Here `protobuf:"bytes,17,opt,name=here,proto3" json:"here,omitempty"`
 	// Absent when it was taken by itself.
-	Group         *GroupCut `protobuf:"bytes,19,opt,name=group,proto3" json:"group,omitempty"`
+	Group *GroupCut `protobuf:"bytes,19,opt,name=group,proto3" json:"group,omitempty"`
+	// Whether it can be restored.
+	State         PointState `protobuf:"varint,22,opt,name=state,proto3,enum=vmsnap.v1.PointState" json:"state,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1673,6 +1730,13 @@ func (x *Snapshot) GetGroup() *GroupCut {
 		return x.Group
 	}
 	return nil
+}
+
+func (x *Snapshot) GetState() PointState {
+	if x != nil {
+		return x.State
+	}
+	return PointState_POINT_STATE_UNSPECIFIED
 }
 
 // Clone is an image that lies on a layer of a snapshot.
@@ -2322,7 +2386,9 @@ type Operation struct {
 	// Where it waits for its turn, from 1. 0 when it does not wait.
 	QueuePosition uint32 `protobuf:"varint,18,opt,name=queue_position,json=queuePosition,proto3" json:"queue_position,omitempty"`
 	// What it waits for. Empty when it does not wait.
-	QueueReason   string `protobuf:"bytes,19,opt,name=queue_reason,json=queueReason,proto3" json:"queue_reason,omitempty"`
+	QueueReason string `protobuf:"bytes,19,opt,name=queue_reason,json=queueReason,proto3" json:"queue_reason,omitempty"`
+	// It rests until ResumeOperation.
+	Paused        bool `protobuf:"varint,20,opt,name=paused,proto3" json:"paused,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2488,6 +2554,13 @@ func (x *Operation) GetQueueReason() string {
 		return x.QueueReason
 	}
 	return ""
+}
+
+func (x *Operation) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
 }
 
 // Step is one named part of an operation.
@@ -2758,7 +2831,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x18\n" +
 	"\amembers\x18\x03 \x01(\rR\amembers\x12-\n" +
-	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\"\xfa\x06\n" +
+	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\"\xa7\a\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
 	"\x05vm_id\x18\x02 \x01(\tR\x04vmId\x12\x17\n" +
@@ -2781,7 +2854,8 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x05space\x18\x0f \x01(\v2\x18.vmsnap.v1.SnapshotSpaceR\x05space\x12/\n" +
 	"\bposition\x18\x10 \x01(\v2\x13.vmsnap.v1.PositionR\bposition\x12#\n" +
 	"\x04here\x18\x11 \x01(\v2\x0f.vmsnap.v1.HereR\x04here\x12)\n" +
-	"\x05group\x18\x13 \x01(\v2\x13.vmsnap.v1.GroupCutR\x05group\x1a9\n" +
+	"\x05group\x18\x13 \x01(\v2\x13.vmsnap.v1.GroupCutR\x05group\x12+\n" +
+	"\x05state\x18\x16 \x01(\x0e2\x15.vmsnap.v1.PointStateR\x05state\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x98\x01\n" +
@@ -2834,7 +2908,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x06format\x18\x04 \x01(\tR\x06format\x12!\n" +
 	"\fvirtual_size\x18\x05 \x01(\x04R\vvirtualSize\x12\x1a\n" +
 	"\bexcluded\x18\x06 \x01(\bR\bexcluded\x12\x1c\n" +
-	"\tallocated\x18\a \x01(\x04R\tallocated\"\xae\x05\n" +
+	"\tallocated\x18\a \x01(\x04R\tallocated\"\xc6\x05\n" +
 	"\tOperation\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x13\n" +
@@ -2857,7 +2931,8 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x05ended\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\x12\x1a\n" +
 	"\brevision\x18\x11 \x01(\x04R\brevision\x12%\n" +
 	"\x0equeue_position\x18\x12 \x01(\rR\rqueuePosition\x12!\n" +
-	"\fqueue_reason\x18\x13 \x01(\tR\vqueueReason\"\xb0\x01\n" +
+	"\fqueue_reason\x18\x13 \x01(\tR\vqueueReason\x12\x16\n" +
+	"\x06paused\x18\x14 \x01(\bR\x06paused\"\xb0\x01\n" +
 	"\x04Step\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\astarted\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x120\n" +
@@ -2909,7 +2984,13 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x10VM_STATE_RUNNING\x10\x01\x12\x13\n" +
 	"\x0fVM_STATE_PAUSED\x10\x02\x12\x14\n" +
 	"\x10VM_STATE_STOPPED\x10\x03\x12\x14\n" +
-	"\x10VM_STATE_UNKNOWN\x10\x04*\x83\x02\n" +
+	"\x10VM_STATE_UNKNOWN\x10\x04*s\n" +
+	"\n" +
+	"PointState\x12\x1b\n" +
+	"\x17POINT_STATE_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11POINT_STATE_VALID\x10\x01\x12\x18\n" +
+	"\x14POINT_STATE_DELETING\x10\x02\x12\x17\n" +
+	"\x13POINT_STATE_INVALID\x10\x03*\x83\x02\n" +
 	"\x0eOperationState\x12\x1f\n" +
 	"\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16OPERATION_STATE_QUEUED\x10\x01\x12\x1b\n" +
@@ -2932,7 +3013,7 @@ func file_vmsnap_v1_types_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_types_proto_rawDescData
 }
 
-var file_vmsnap_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_vmsnap_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 8)
 var file_vmsnap_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_vmsnap_v1_types_proto_goTypes = []any{
 	(ErrorCode)(0),                // 0: vmsnap.v1.ErrorCode
@@ -2940,90 +3021,92 @@ var file_vmsnap_v1_types_proto_goTypes = []any{
 	(Quiesce)(0),                  // 2: vmsnap.v1.Quiesce
 	(MemoryStrategy)(0),           // 3: vmsnap.v1.MemoryStrategy
 	(VMState)(0),                  // 4: vmsnap.v1.VMState
-	(OperationState)(0),           // 5: vmsnap.v1.OperationState
-	(GuestAgent_Presence)(0),      // 6: vmsnap.v1.GuestAgent.Presence
-	(*Error)(nil),                 // 7: vmsnap.v1.Error
-	(*Warning)(nil),               // 8: vmsnap.v1.Warning
-	(*VM)(nil),                    // 9: vmsnap.v1.VM
-	(*VMSpace)(nil),               // 10: vmsnap.v1.VMSpace
-	(*Process)(nil),               // 11: vmsnap.v1.Process
-	(*GuestAgent)(nil),            // 12: vmsnap.v1.GuestAgent
-	(*Freeze)(nil),                // 13: vmsnap.v1.Freeze
-	(*Disk)(nil),                  // 14: vmsnap.v1.Disk
-	(*Layer)(nil),                 // 15: vmsnap.v1.Layer
-	(*Problem)(nil),               // 16: vmsnap.v1.Problem
-	(*GroupCut)(nil),              // 17: vmsnap.v1.GroupCut
-	(*Snapshot)(nil),              // 18: vmsnap.v1.Snapshot
-	(*Clone)(nil),                 // 19: vmsnap.v1.Clone
-	(*Position)(nil),              // 20: vmsnap.v1.Position
-	(*Stray)(nil),                 // 21: vmsnap.v1.Stray
-	(*Here)(nil),                  // 22: vmsnap.v1.Here
-	(*SnapshotSpace)(nil),         // 23: vmsnap.v1.SnapshotSpace
-	(*SnapshotMemory)(nil),        // 24: vmsnap.v1.SnapshotMemory
-	(*QuiesceResult)(nil),         // 25: vmsnap.v1.QuiesceResult
-	(*SnapshotDisk)(nil),          // 26: vmsnap.v1.SnapshotDisk
-	(*Operation)(nil),             // 27: vmsnap.v1.Operation
-	(*Step)(nil),                  // 28: vmsnap.v1.Step
-	(*Progress)(nil),              // 29: vmsnap.v1.Progress
-	nil,                           // 30: vmsnap.v1.Snapshot.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
+	(PointState)(0),               // 5: vmsnap.v1.PointState
+	(OperationState)(0),           // 6: vmsnap.v1.OperationState
+	(GuestAgent_Presence)(0),      // 7: vmsnap.v1.GuestAgent.Presence
+	(*Error)(nil),                 // 8: vmsnap.v1.Error
+	(*Warning)(nil),               // 9: vmsnap.v1.Warning
+	(*VM)(nil),                    // 10: vmsnap.v1.VM
+	(*VMSpace)(nil),               // 11: vmsnap.v1.VMSpace
+	(*Process)(nil),               // 12: vmsnap.v1.Process
+	(*GuestAgent)(nil),            // 13: vmsnap.v1.GuestAgent
+	(*Freeze)(nil),                // 14: vmsnap.v1.Freeze
+	(*Disk)(nil),                  // 15: vmsnap.v1.Disk
+	(*Layer)(nil),                 // 16: vmsnap.v1.Layer
+	(*Problem)(nil),               // 17: vmsnap.v1.Problem
+	(*GroupCut)(nil),              // 18: vmsnap.v1.GroupCut
+	(*Snapshot)(nil),              // 19: vmsnap.v1.Snapshot
+	(*Clone)(nil),                 // 20: vmsnap.v1.Clone
+	(*Position)(nil),              // 21: vmsnap.v1.Position
+	(*Stray)(nil),                 // 22: vmsnap.v1.Stray
+	(*Here)(nil),                  // 23: vmsnap.v1.Here
+	(*SnapshotSpace)(nil),         // 24: vmsnap.v1.SnapshotSpace
+	(*SnapshotMemory)(nil),        // 25: vmsnap.v1.SnapshotMemory
+	(*QuiesceResult)(nil),         // 26: vmsnap.v1.QuiesceResult
+	(*SnapshotDisk)(nil),          // 27: vmsnap.v1.SnapshotDisk
+	(*Operation)(nil),             // 28: vmsnap.v1.Operation
+	(*Step)(nil),                  // 29: vmsnap.v1.Step
+	(*Progress)(nil),              // 30: vmsnap.v1.Progress
+	nil,                           // 31: vmsnap.v1.Snapshot.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 32: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 33: google.protobuf.Duration
 }
 var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	0,  // 0: vmsnap.v1.Error.code:type_name -> vmsnap.v1.ErrorCode
 	4,  // 1: vmsnap.v1.VM.state:type_name -> vmsnap.v1.VMState
-	11, // 2: vmsnap.v1.VM.process:type_name -> vmsnap.v1.Process
-	12, // 3: vmsnap.v1.VM.guest_agent:type_name -> vmsnap.v1.GuestAgent
-	14, // 4: vmsnap.v1.VM.disks:type_name -> vmsnap.v1.Disk
-	16, // 5: vmsnap.v1.VM.problems:type_name -> vmsnap.v1.Problem
-	13, // 6: vmsnap.v1.VM.freeze:type_name -> vmsnap.v1.Freeze
-	31, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
-	31, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
-	10, // 9: vmsnap.v1.VM.space:type_name -> vmsnap.v1.VMSpace
-	31, // 10: vmsnap.v1.VMSpace.measured:type_name -> google.protobuf.Timestamp
-	31, // 11: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
-	6,  // 12: vmsnap.v1.GuestAgent.presence:type_name -> vmsnap.v1.GuestAgent.Presence
-	31, // 13: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
-	31, // 14: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
-	15, // 15: vmsnap.v1.Disk.layers:type_name -> vmsnap.v1.Layer
-	32, // 16: vmsnap.v1.GroupCut.skew:type_name -> google.protobuf.Duration
-	30, // 17: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
-	31, // 18: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	12, // 2: vmsnap.v1.VM.process:type_name -> vmsnap.v1.Process
+	13, // 3: vmsnap.v1.VM.guest_agent:type_name -> vmsnap.v1.GuestAgent
+	15, // 4: vmsnap.v1.VM.disks:type_name -> vmsnap.v1.Disk
+	17, // 5: vmsnap.v1.VM.problems:type_name -> vmsnap.v1.Problem
+	14, // 6: vmsnap.v1.VM.freeze:type_name -> vmsnap.v1.Freeze
+	32, // 7: vmsnap.v1.VM.first_seen:type_name -> google.protobuf.Timestamp
+	32, // 8: vmsnap.v1.VM.last_seen:type_name -> google.protobuf.Timestamp
+	11, // 9: vmsnap.v1.VM.space:type_name -> vmsnap.v1.VMSpace
+	32, // 10: vmsnap.v1.VMSpace.measured:type_name -> google.protobuf.Timestamp
+	32, // 11: vmsnap.v1.Process.started:type_name -> google.protobuf.Timestamp
+	7,  // 12: vmsnap.v1.GuestAgent.presence:type_name -> vmsnap.v1.GuestAgent.Presence
+	32, // 13: vmsnap.v1.Freeze.since:type_name -> google.protobuf.Timestamp
+	32, // 14: vmsnap.v1.Freeze.deadline:type_name -> google.protobuf.Timestamp
+	16, // 15: vmsnap.v1.Disk.layers:type_name -> vmsnap.v1.Layer
+	33, // 16: vmsnap.v1.GroupCut.skew:type_name -> google.protobuf.Duration
+	31, // 17: vmsnap.v1.Snapshot.labels:type_name -> vmsnap.v1.Snapshot.LabelsEntry
+	32, // 18: vmsnap.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	1,  // 19: vmsnap.v1.Snapshot.consistency:type_name -> vmsnap.v1.Consistency
-	25, // 20: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
-	8,  // 21: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
-	26, // 22: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
-	24, // 23: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
-	19, // 24: vmsnap.v1.Snapshot.clones:type_name -> vmsnap.v1.Clone
-	23, // 25: vmsnap.v1.Snapshot.space:type_name -> vmsnap.v1.SnapshotSpace
-	20, // 26: vmsnap.v1.Snapshot.position:type_name -> vmsnap.v1.Position
-	22, // 27: vmsnap.v1.Snapshot.here:type_name -> vmsnap.v1.Here
-	17, // 28: vmsnap.v1.Snapshot.group:type_name -> vmsnap.v1.GroupCut
-	31, // 29: vmsnap.v1.Clone.created:type_name -> google.protobuf.Timestamp
-	21, // 30: vmsnap.v1.Position.strays:type_name -> vmsnap.v1.Stray
-	21, // 31: vmsnap.v1.Here.strays:type_name -> vmsnap.v1.Stray
-	31, // 32: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
-	3,  // 33: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	32, // 34: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
-	32, // 35: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
-	2,  // 36: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
-	32, // 37: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
-	5,  // 38: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
-	29, // 39: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
-	28, // 40: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
-	8,  // 41: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
-	7,  // 42: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
-	31, // 43: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
-	31, // 44: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
-	31, // 45: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
-	31, // 46: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
-	31, // 47: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
-	32, // 48: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
-	49, // [49:49] is the sub-list for method output_type
-	49, // [49:49] is the sub-list for method input_type
-	49, // [49:49] is the sub-list for extension type_name
-	49, // [49:49] is the sub-list for extension extendee
-	0,  // [0:49] is the sub-list for field type_name
+	26, // 20: vmsnap.v1.Snapshot.quiesce:type_name -> vmsnap.v1.QuiesceResult
+	9,  // 21: vmsnap.v1.Snapshot.warnings:type_name -> vmsnap.v1.Warning
+	27, // 22: vmsnap.v1.Snapshot.disks:type_name -> vmsnap.v1.SnapshotDisk
+	25, // 23: vmsnap.v1.Snapshot.memory:type_name -> vmsnap.v1.SnapshotMemory
+	20, // 24: vmsnap.v1.Snapshot.clones:type_name -> vmsnap.v1.Clone
+	24, // 25: vmsnap.v1.Snapshot.space:type_name -> vmsnap.v1.SnapshotSpace
+	21, // 26: vmsnap.v1.Snapshot.position:type_name -> vmsnap.v1.Position
+	23, // 27: vmsnap.v1.Snapshot.here:type_name -> vmsnap.v1.Here
+	18, // 28: vmsnap.v1.Snapshot.group:type_name -> vmsnap.v1.GroupCut
+	5,  // 29: vmsnap.v1.Snapshot.state:type_name -> vmsnap.v1.PointState
+	32, // 30: vmsnap.v1.Clone.created:type_name -> google.protobuf.Timestamp
+	22, // 31: vmsnap.v1.Position.strays:type_name -> vmsnap.v1.Stray
+	22, // 32: vmsnap.v1.Here.strays:type_name -> vmsnap.v1.Stray
+	32, // 33: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
+	3,  // 34: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	33, // 35: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
+	33, // 36: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
+	2,  // 37: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
+	33, // 38: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
+	6,  // 39: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
+	30, // 40: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
+	29, // 41: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
+	9,  // 42: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
+	8,  // 43: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
+	32, // 44: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
+	32, // 45: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
+	32, // 46: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
+	32, // 47: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
+	32, // 48: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
+	33, // 49: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
+	50, // [50:50] is the sub-list for method output_type
+	50, // [50:50] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_types_proto_init() }
@@ -3036,7 +3119,7 @@ func file_vmsnap_v1_types_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_types_proto_rawDesc), len(file_vmsnap_v1_types_proto_rawDesc)),
-			NumEnums:      7,
+			NumEnums:      8,
 			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   0,

@@ -75,6 +75,12 @@ const (
 	// SnapshotServiceVerifySnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// VerifySnapshot RPC.
 	SnapshotServiceVerifySnapshotProcedure = "/vmsnap.v1.SnapshotService/VerifySnapshot"
+	// SnapshotServiceDeleteSnapshotsProcedure is the fully-qualified name of the SnapshotService's
+	// DeleteSnapshots RPC.
+	SnapshotServiceDeleteSnapshotsProcedure = "/vmsnap.v1.SnapshotService/DeleteSnapshots"
+	// SnapshotServicePlanDeleteProcedure is the fully-qualified name of the SnapshotService's
+	// PlanDelete RPC.
+	SnapshotServicePlanDeleteProcedure = "/vmsnap.v1.SnapshotService/PlanDelete"
 	// SnapshotServiceRestoreSnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// RestoreSnapshot RPC.
 	SnapshotServiceRestoreSnapshotProcedure = "/vmsnap.v1.SnapshotService/RestoreSnapshot"
@@ -117,6 +123,12 @@ const (
 	// OperationServiceCancelOperationProcedure is the fully-qualified name of the OperationService's
 	// CancelOperation RPC.
 	OperationServiceCancelOperationProcedure = "/vmsnap.v1.OperationService/CancelOperation"
+	// OperationServicePauseOperationProcedure is the fully-qualified name of the OperationService's
+	// PauseOperation RPC.
+	OperationServicePauseOperationProcedure = "/vmsnap.v1.OperationService/PauseOperation"
+	// OperationServiceResumeOperationProcedure is the fully-qualified name of the OperationService's
+	// ResumeOperation RPC.
+	OperationServiceResumeOperationProcedure = "/vmsnap.v1.OperationService/ResumeOperation"
 )
 
 // VMServiceClient is a client for the vmsnap.v1.VMService service.
@@ -413,6 +425,11 @@ type SnapshotServiceClient interface {
 	// VerifySnapshot starts an operation that reads the snapshot's files and
 	// compares them with what was recorded. It fails if one was altered.
 	VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error)
+	// DeleteSnapshots starts an operation that deletes snapshots of one VM, and
+	// merges the layers that nothing needs any more.
+	DeleteSnapshots(context.Context, *connect.Request[v1.DeleteSnapshotsRequest]) (*connect.Response[v1.DeleteSnapshotsResponse], error)
+	// PlanDelete looks at what DeleteSnapshots would do, and changes nothing.
+	PlanDelete(context.Context, *connect.Request[v1.DeleteSnapshotsRequest]) (*connect.Response[v1.PlanDeleteResponse], error)
 	// RestoreSnapshot starts an operation that takes disks of the VM back to what
 	// the snapshot holds. A running guest is reset.
 	RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error)
@@ -492,6 +509,19 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(snapshotServiceMethods.ByName("VerifySnapshot")),
 			connect.WithClientOptions(opts...),
 		),
+		deleteSnapshots: connect.NewClient[v1.DeleteSnapshotsRequest, v1.DeleteSnapshotsResponse](
+			httpClient,
+			baseURL+SnapshotServiceDeleteSnapshotsProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("DeleteSnapshots")),
+			connect.WithClientOptions(opts...),
+		),
+		planDelete: connect.NewClient[v1.DeleteSnapshotsRequest, v1.PlanDeleteResponse](
+			httpClient,
+			baseURL+SnapshotServicePlanDeleteProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("PlanDelete")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 		restoreSnapshot: connect.NewClient[v1.RestoreSnapshotRequest, v1.RestoreSnapshotResponse](
 			httpClient,
 			baseURL+SnapshotServiceRestoreSnapshotProcedure,
@@ -566,6 +596,8 @@ type snapshotServiceClient struct {
 	getSnapshot     *connect.Client[v1.GetSnapshotRequest, v1.GetSnapshotResponse]
 	renameSnapshot  *connect.Client[v1.RenameSnapshotRequest, v1.RenameSnapshotResponse]
 	verifySnapshot  *connect.Client[v1.VerifySnapshotRequest, v1.VerifySnapshotResponse]
+	deleteSnapshots *connect.Client[v1.DeleteSnapshotsRequest, v1.DeleteSnapshotsResponse]
+	planDelete      *connect.Client[v1.DeleteSnapshotsRequest, v1.PlanDeleteResponse]
 	restoreSnapshot *connect.Client[v1.RestoreSnapshotRequest, v1.RestoreSnapshotResponse]
 	previewSnapshot *connect.Client[v1.PreviewSnapshotRequest, v1.PreviewSnapshotResponse]
 	getPreview      *connect.Client[v1.GetPreviewRequest, v1.GetPreviewResponse]
@@ -611,6 +643,16 @@ func (c *snapshotServiceClient) RenameSnapshot(ctx context.Context, req *connect
 // VerifySnapshot calls vmsnap.v1.SnapshotService.VerifySnapshot.
 func (c *snapshotServiceClient) VerifySnapshot(ctx context.Context, req *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error) {
 	return c.verifySnapshot.CallUnary(ctx, req)
+}
+
+// DeleteSnapshots calls vmsnap.v1.SnapshotService.DeleteSnapshots.
+func (c *snapshotServiceClient) DeleteSnapshots(ctx context.Context, req *connect.Request[v1.DeleteSnapshotsRequest]) (*connect.Response[v1.DeleteSnapshotsResponse], error) {
+	return c.deleteSnapshots.CallUnary(ctx, req)
+}
+
+// PlanDelete calls vmsnap.v1.SnapshotService.PlanDelete.
+func (c *snapshotServiceClient) PlanDelete(ctx context.Context, req *connect.Request[v1.DeleteSnapshotsRequest]) (*connect.Response[v1.PlanDeleteResponse], error) {
+	return c.planDelete.CallUnary(ctx, req)
 }
 
 // RestoreSnapshot calls vmsnap.v1.SnapshotService.RestoreSnapshot.
@@ -679,6 +721,11 @@ type SnapshotServiceHandler interface {
 	// VerifySnapshot starts an operation that reads the snapshot's files and
 	// compares them with what was recorded. It fails if one was altered.
 	VerifySnapshot(context.Context, *connect.Request[v1.VerifySnapshotRequest]) (*connect.Response[v1.VerifySnapshotResponse], error)
+	// DeleteSnapshots starts an operation that deletes snapshots of one VM, and
+	// merges the layers that nothing needs any more.
+	DeleteSnapshots(context.Context, *connect.Request[v1.DeleteSnapshotsRequest]) (*connect.Response[v1.DeleteSnapshotsResponse], error)
+	// PlanDelete looks at what DeleteSnapshots would do, and changes nothing.
+	PlanDelete(context.Context, *connect.Request[v1.DeleteSnapshotsRequest]) (*connect.Response[v1.PlanDeleteResponse], error)
 	// RestoreSnapshot starts an operation that takes disks of the VM back to what
 	// the snapshot holds. A running guest is reset.
 	RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error)
@@ -752,6 +799,19 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 		SnapshotServiceVerifySnapshotProcedure,
 		svc.VerifySnapshot,
 		connect.WithSchema(snapshotServiceMethods.ByName("VerifySnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServiceDeleteSnapshotsHandler := connect.NewUnaryHandler(
+		SnapshotServiceDeleteSnapshotsProcedure,
+		svc.DeleteSnapshots,
+		connect.WithSchema(snapshotServiceMethods.ByName("DeleteSnapshots")),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServicePlanDeleteHandler := connect.NewUnaryHandler(
+		SnapshotServicePlanDeleteProcedure,
+		svc.PlanDelete,
+		connect.WithSchema(snapshotServiceMethods.ByName("PlanDelete")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
 	snapshotServiceRestoreSnapshotHandler := connect.NewUnaryHandler(
@@ -832,6 +892,10 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 			snapshotServiceRenameSnapshotHandler.ServeHTTP(w, r)
 		case SnapshotServiceVerifySnapshotProcedure:
 			snapshotServiceVerifySnapshotHandler.ServeHTTP(w, r)
+		case SnapshotServiceDeleteSnapshotsProcedure:
+			snapshotServiceDeleteSnapshotsHandler.ServeHTTP(w, r)
+		case SnapshotServicePlanDeleteProcedure:
+			snapshotServicePlanDeleteHandler.ServeHTTP(w, r)
 		case SnapshotServiceRestoreSnapshotProcedure:
 			snapshotServiceRestoreSnapshotHandler.ServeHTTP(w, r)
 		case SnapshotServicePreviewSnapshotProcedure:
@@ -889,6 +953,14 @@ func (UnimplementedSnapshotServiceHandler) VerifySnapshot(context.Context, *conn
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.VerifySnapshot is not implemented"))
 }
 
+func (UnimplementedSnapshotServiceHandler) DeleteSnapshots(context.Context, *connect.Request[v1.DeleteSnapshotsRequest]) (*connect.Response[v1.DeleteSnapshotsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.DeleteSnapshots is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) PlanDelete(context.Context, *connect.Request[v1.DeleteSnapshotsRequest]) (*connect.Response[v1.PlanDeleteResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.PlanDelete is not implemented"))
+}
+
 func (UnimplementedSnapshotServiceHandler) RestoreSnapshot(context.Context, *connect.Request[v1.RestoreSnapshotRequest]) (*connect.Response[v1.RestoreSnapshotResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.RestoreSnapshot is not implemented"))
 }
@@ -940,6 +1012,12 @@ type OperationServiceClient interface {
 	// CancelOperation returns when the cancel is acknowledged. It fails with
 	// ERROR_CODE_TOO_LATE when the operation is past its point of no return.
 	CancelOperation(context.Context, *connect.Request[v1.CancelOperationRequest]) (*connect.Response[v1.CancelOperationResponse], error)
+	// PauseOperation lets an operation rest that moves data for long, such as a
+	// deletion. It fails with ERROR_CODE_UNSUPPORTED for one that cannot. It stays
+	// paused when the daemon starts again.
+	PauseOperation(context.Context, *connect.Request[v1.PauseOperationRequest]) (*connect.Response[v1.PauseOperationResponse], error)
+	// ResumeOperation lets a paused operation go on. One that is not is let be.
+	ResumeOperation(context.Context, *connect.Request[v1.ResumeOperationRequest]) (*connect.Response[v1.ResumeOperationResponse], error)
 }
 
 // NewOperationServiceClient constructs a client for the vmsnap.v1.OperationService service. By
@@ -979,6 +1057,18 @@ func NewOperationServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(operationServiceMethods.ByName("CancelOperation")),
 			connect.WithClientOptions(opts...),
 		),
+		pauseOperation: connect.NewClient[v1.PauseOperationRequest, v1.PauseOperationResponse](
+			httpClient,
+			baseURL+OperationServicePauseOperationProcedure,
+			connect.WithSchema(operationServiceMethods.ByName("PauseOperation")),
+			connect.WithClientOptions(opts...),
+		),
+		resumeOperation: connect.NewClient[v1.ResumeOperationRequest, v1.ResumeOperationResponse](
+			httpClient,
+			baseURL+OperationServiceResumeOperationProcedure,
+			connect.WithSchema(operationServiceMethods.ByName("ResumeOperation")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -988,6 +1078,8 @@ type operationServiceClient struct {
 	getOperation    *connect.Client[v1.GetOperationRequest, v1.GetOperationResponse]
 	watchOperation  *connect.Client[v1.WatchOperationRequest, v1.WatchOperationResponse]
 	cancelOperation *connect.Client[v1.CancelOperationRequest, v1.CancelOperationResponse]
+	pauseOperation  *connect.Client[v1.PauseOperationRequest, v1.PauseOperationResponse]
+	resumeOperation *connect.Client[v1.ResumeOperationRequest, v1.ResumeOperationResponse]
 }
 
 // ListOperations calls vmsnap.v1.OperationService.ListOperations.
@@ -1010,6 +1102,16 @@ func (c *operationServiceClient) CancelOperation(ctx context.Context, req *conne
 	return c.cancelOperation.CallUnary(ctx, req)
 }
 
+// PauseOperation calls vmsnap.v1.OperationService.PauseOperation.
+func (c *operationServiceClient) PauseOperation(ctx context.Context, req *connect.Request[v1.PauseOperationRequest]) (*connect.Response[v1.PauseOperationResponse], error) {
+	return c.pauseOperation.CallUnary(ctx, req)
+}
+
+// ResumeOperation calls vmsnap.v1.OperationService.ResumeOperation.
+func (c *operationServiceClient) ResumeOperation(ctx context.Context, req *connect.Request[v1.ResumeOperationRequest]) (*connect.Response[v1.ResumeOperationResponse], error) {
+	return c.resumeOperation.CallUnary(ctx, req)
+}
+
 // OperationServiceHandler is an implementation of the vmsnap.v1.OperationService service.
 type OperationServiceHandler interface {
 	// ListOperations returns the newest first.
@@ -1021,6 +1123,12 @@ type OperationServiceHandler interface {
 	// CancelOperation returns when the cancel is acknowledged. It fails with
 	// ERROR_CODE_TOO_LATE when the operation is past its point of no return.
 	CancelOperation(context.Context, *connect.Request[v1.CancelOperationRequest]) (*connect.Response[v1.CancelOperationResponse], error)
+	// PauseOperation lets an operation rest that moves data for long, such as a
+	// deletion. It fails with ERROR_CODE_UNSUPPORTED for one that cannot. It stays
+	// paused when the daemon starts again.
+	PauseOperation(context.Context, *connect.Request[v1.PauseOperationRequest]) (*connect.Response[v1.PauseOperationResponse], error)
+	// ResumeOperation lets a paused operation go on. One that is not is let be.
+	ResumeOperation(context.Context, *connect.Request[v1.ResumeOperationRequest]) (*connect.Response[v1.ResumeOperationResponse], error)
 }
 
 // NewOperationServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1056,6 +1164,18 @@ func NewOperationServiceHandler(svc OperationServiceHandler, opts ...connect.Han
 		connect.WithSchema(operationServiceMethods.ByName("CancelOperation")),
 		connect.WithHandlerOptions(opts...),
 	)
+	operationServicePauseOperationHandler := connect.NewUnaryHandler(
+		OperationServicePauseOperationProcedure,
+		svc.PauseOperation,
+		connect.WithSchema(operationServiceMethods.ByName("PauseOperation")),
+		connect.WithHandlerOptions(opts...),
+	)
+	operationServiceResumeOperationHandler := connect.NewUnaryHandler(
+		OperationServiceResumeOperationProcedure,
+		svc.ResumeOperation,
+		connect.WithSchema(operationServiceMethods.ByName("ResumeOperation")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/vmsnap.v1.OperationService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case OperationServiceListOperationsProcedure:
@@ -1066,6 +1186,10 @@ func NewOperationServiceHandler(svc OperationServiceHandler, opts ...connect.Han
 			operationServiceWatchOperationHandler.ServeHTTP(w, r)
 		case OperationServiceCancelOperationProcedure:
 			operationServiceCancelOperationHandler.ServeHTTP(w, r)
+		case OperationServicePauseOperationProcedure:
+			operationServicePauseOperationHandler.ServeHTTP(w, r)
+		case OperationServiceResumeOperationProcedure:
+			operationServiceResumeOperationHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1089,4 +1213,12 @@ func (UnimplementedOperationServiceHandler) WatchOperation(context.Context, *con
 
 func (UnimplementedOperationServiceHandler) CancelOperation(context.Context, *connect.Request[v1.CancelOperationRequest]) (*connect.Response[v1.CancelOperationResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.OperationService.CancelOperation is not implemented"))
+}
+
+func (UnimplementedOperationServiceHandler) PauseOperation(context.Context, *connect.Request[v1.PauseOperationRequest]) (*connect.Response[v1.PauseOperationResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.OperationService.PauseOperation is not implemented"))
+}
+
+func (UnimplementedOperationServiceHandler) ResumeOperation(context.Context, *connect.Request[v1.ResumeOperationRequest]) (*connect.Response[v1.ResumeOperationResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.OperationService.ResumeOperation is not implemented"))
 }

@@ -149,12 +149,12 @@ func (a *Agent) reload(ctx context.Context, v *vm) error {
 	if err != nil {
 		return err
 	}
-	snapshots, err := a.catalog.Snapshots(ctx, id)
+	snapshots, err := a.catalog.CountSnapshots(ctx, id)
 	if err != nil {
 		return err
 	}
 	v.mu.Lock()
-	v.disks, v.layers, v.counts = disks, layers, len(snapshots)
+	v.disks, v.layers, v.counts = disks, layers, snapshots
 	v.mu.Unlock()
 	v.space.outdate()
 	return nil

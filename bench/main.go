@@ -117,7 +117,10 @@ func measure(ctx context.Context, c config, r *report, q testvm.QEMU, last bool)
 		}
 	}
 	if last && c.wants(partScale) {
-		return measureScale(ctx, c, r, q)
+		if err := measureScale(ctx, c, r, q); err != nil {
+			return err
+		}
+		return measureCatalog(ctx, c, r, q.Name)
 	}
 	return nil
 }

@@ -72,8 +72,8 @@ func (r reader) Layers(ctx context.Context, vmID string) ([]Layer, error) {
 
 // Dependants returns the layers of other VMs that lie on a VM's layers.
 func (r reader) Dependants(ctx context.Context, vmID string) ([]Layer, error) {
-	return query(ctx, r, scanLayer, selectLayer+` JOIN disks d ON d.id = l.disk JOIN layers p ON p.id = l.parent
-		JOIN disks q ON q.id = p.disk WHERE q.vm = ?1 AND d.vm <> ?1 ORDER BY l.created, l.id`, vmID)
+	return query(ctx, r, scanLayer, selectLayer+` WHERE l.parent IN (SELECT p.id FROM layers p JOIN disks q ON q.id = p.disk WHERE q.vm = ?1)
+		AND l.disk NOT IN (SELECT id FROM disks WHERE vm = ?1) ORDER BY l.created, l.id`, vmID)
 }
 
 // LayerByInode returns the layer that is a file, or fault.NotFound. A base that

@@ -158,7 +158,16 @@ func (r reader) SnapshotByName(ctx context.Context, vmID, name string) (Snapshot
 // Snapshots returns the snapshots of a VM, or of all VMs when vmID is empty, the
 // newest cut first.
 func (r reader) Snapshots(ctx context.Context, vmID string) ([]Snapshot, error) {
-	return query(ctx, r, scanSnapshot, selectSnapshot+" WHERE ?1 = '' OR vm = ?1 ORDER BY created DESC, seq DESC", vmID)
+	if vmID == "" {
+		return query(ctx, r, scanSnapshot, selectSnapshot+" ORDER BY created DESC, seq DESC")
+	}
+	return query(ctx, r, scanSnapshot, selectSnapshot+" WHERE vm = ? ORDER BY created DESC, seq DESC", vmID)
+}
+
+// CountSnapshots returns how many snapshots a VM has.
+func (r reader) CountSnapshots(ctx context.Context, vmID string) (int, error) {
+	n, _, err := queryOne(ctx, r, scanValue[int], "SELECT count(*) FROM snapshots WHERE vm = ?", vmID)
+	return n, err
 }
 
 // RenameSnapshot gives a snapshot another name. It returns fault.NotFound when

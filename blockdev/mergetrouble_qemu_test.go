@@ -178,6 +178,9 @@ func TestQEMUKilledAroundThePivot(t *testing.T) {
 					}
 				}
 				m.BeforePivot = func(context.Context) error {
+					if active := s.chain(s.graph(), "a")[0].Node.Name; active != s.ids[1] {
+						t.Errorf("the disk runs on %s already, and the launch path does not lead there", active)
+					}
 					if kill("before-pointing"); at == "before-pointing" {
 						return errors.New("as if the host had died")
 					}

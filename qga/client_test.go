@@ -274,6 +274,29 @@ func TestLateReply(t *testing.T) {
 	}
 }
 
+// Nor when nobody has synchronised: the next command does.
+func TestLateReplyWithoutSync(t *testing.T) {
+	s := qgatest.New(t)
+	gate := qgatest.NewGate()
+	s.Once(qgatest.Status, gate.Hold)
+	c := dial(t, s, qga.Limits{})
+	ctx := within(t)
+	if err := c.Ping(ctx); err != nil {
+		t.Fatal(err)
+	}
+	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer cancel()
+	if _, err := c.FreezeStatus(short); !errors.Is(err, qga.ErrTimeout) {
+		t.Fatalf("error %v, want a timeout", err)
+	}
+	gate.Release() // thawed, says the late reply
+	s.SetFrozen(true)
+	s.Once(qgatest.Status, qgatest.Return("frozen"))
+	if state, err := c.FreezeStatus(ctx); err != nil || state != qga.Frozen {
+		t.Errorf("state %s, error %v: that was the answer to the question before", state, err)
+	}
+}
+
 func TestCancelInterruptsAtOnce(t *testing.T) {
 	s := qgatest.New(t)
 	gate := qgatest.NewGate()

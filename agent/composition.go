@@ -25,6 +25,8 @@ type RestoreRequest struct {
 	Memory   bool         `json:",omitempty"` // the guest goes on from the snapshot's memory, in a new QEMU process
 	Launcher launch.Kind  `json:",omitempty"` // that starts it; empty: the agent's choice
 
+	Group *Group `json:",omitempty"` // that it is restored with; set by the agent
+
 	RequestID string `json:"-"`
 	UID       uint32 `json:"-"`
 }

@@ -35,7 +35,7 @@ type GroupRequest struct {
 	UID        uint32          `json:"-"`
 }
 
-// Group is a snapshot's part in the operation of a group.
+// Group is the part of a snapshot or a restore in the operation of a group.
 type Group struct {
 	Operation string // of the group
 	Name      string
@@ -91,55 +91,80 @@ func (a *Agent) checkGroup(req *GroupRequest) ([]*vm, error) {
 	return vms, nil
 }
 
-// groupRecipe is the recipe of a request that was checked. The members' own
-// operations hold the VMs; this one begins them, and says what they came to.
+// together is operations of several VMs that another one holds together.
+type together struct {
+	name       string   // of the group
+	vms        []string // ids
+	bestEffort bool
+	step       string // what the members' operations are called together
+	// member returns what a VM's own operation is.
+	member func(o *op.Op, v *vm, m *member) (op.Spec, op.Recipe)
+}
+
+// groupRecipe is the recipe of a request that was checked.
 func (a *Agent) groupRecipe(req GroupRequest) op.Recipe {
+	t := together{name: req.Name, vms: req.VMs, bestEffort: req.BestEffort, step: "snapshots"}
+	t.member = func(o *op.Op, v *vm, m *member) (op.Spec, op.Recipe) { return a.groupSnapshot(o, v, m, req) }
 	return func(ctx context.Context, o *op.Op) error {
-		g := newGathering(len(req.VMs), req.BestEffort)
-		o.Plan(2)
-		var members []op.Record
-		err := o.Step(ctx, "begin", func(ctx context.Context) (err error) {
-			members, err = a.beginMembers(ctx, o, g, req)
-			return err
-		})
+		g, err := a.runTogether(ctx, o, t)
 		if err != nil {
-			a.cancelAll(ctx, members)
-		}
-		stop := context.AfterFunc(ctx, func() { a.cancelAll(ctx, members) })
-		defer stop()
-		if len(members) == 0 {
 			return err
 		}
-		var ended []op.Record
-		waited := o.StepInAnyCase(context.WithoutCancel(ctx), "snapshots", func(ctx context.Context) (err error) {
-			ended, err = a.awaitMembers(ctx, members)
-			return err
-		})
-		if err = errors.Join(err, waited); err != nil {
-			return err
+		if skew := g.skew(); skew > req.MaxSkew {
+			o.Warn(op.Warning{Code: warnSkew, Message: "the cuts lie up to " + skew.String() + " apart, more than the " + req.MaxSkew.String() + " allowed"})
+			o.SetPartial()
 		}
-		if cause := context.Cause(ctx); cause != nil && !slices.ContainsFunc(ended, succeeded) {
-			return cause
-		}
-		return a.groupEnd(o, req, g, ended)
+		return nil
 	}
+}
+
+// runTogether begins the members' own operations, which hold the VMs, waits for
+// them, and says what they came to.
+func (a *Agent) runTogether(ctx context.Context, o *op.Op, t together) (*gathering, error) {
+	g := newGathering(len(t.vms), t.bestEffort)
+	o.Plan(2)
+	var members []op.Record
+	err := o.Step(ctx, "begin", func(ctx context.Context) (err error) {
+		members, err = a.beginMembers(ctx, o, g, t)
+		return err
+	})
+	if err != nil {
+		a.cancelAll(ctx, members)
+	}
+	stop := context.AfterFunc(ctx, func() { a.cancelAll(ctx, members) })
+	defer stop()
+	if len(members) == 0 {
+		return g, err
+	}
+	var ended []op.Record
+	waited := o.StepInAnyCase(context.WithoutCancel(ctx), t.step, func(ctx context.Context) (err error) {
+		ended, err = a.awaitMembers(ctx, members)
+		return err
+	})
+	if err = errors.Join(err, waited); err != nil {
+		return g, err
+	}
+	if cause := context.Cause(ctx); cause != nil && !slices.ContainsFunc(ended, succeeded) {
+		return g, cause
+	}
+	return g, groupEnd(o, t, ended)
 }
 
 func succeeded(rec op.Record) bool { return rec.State == op.Succeeded }
 
 // beginMembers begins the operations of the members. Those whose VM is busy drop
 // out.
-func (a *Agent) beginMembers(ctx context.Context, o *op.Op, g *gathering, req GroupRequest) (members []op.Record, err error) {
-	for i, id := range req.VMs {
+func (a *Agent) beginMembers(ctx context.Context, o *op.Op, g *gathering, t together) (members []op.Record, err error) {
+	for i, id := range t.vms {
 		m := &member{gathering: g, at: i, vm: id}
-		rec, err := a.beginMember(ctx, o, m, req)
+		rec, err := a.beginMember(ctx, o, m, t)
 		if err == nil {
 			members = append(members, rec)
 			continue
 		}
 		m.drop(err)
-		if !req.BestEffort {
-			return members, fault.New(fault.Of(err), "group %s: %w", req.Name, err)
+		if !t.bestEffort {
+			return members, fault.New(fault.Of(err), "group %s: %w", t.name, err)
 		}
 		o.Warn(op.Warning{Code: warnMember, Message: "VM " + m.vm + " dropped out: " + err.Error()})
 		o.SetPartial()
@@ -147,30 +172,33 @@ func (a *Agent) beginMembers(ctx context.Context, o *op.Op, g *gathering, req Gr
 	return members, nil
 }
 
-func (a *Agent) beginMember(ctx context.Context, o *op.Op, m *member, req GroupRequest) (op.Record, error) {
+func (a *Agent) beginMember(ctx context.Context, o *op.Op, m *member, t together) (op.Record, error) {
 	v := a.byID(m.vm)
 	if v == nil {
-		return op.Record{}, fault.New(fault.NotFound, "VM %s of group %s is not known any more", m.vm, req.Name)
+		return op.Record{}, fault.New(fault.NotFound, "VM %s of group %s is not known any more", m.vm, t.name)
 	}
 	m.vm = v.name()
+	spec, recipe := t.member(o, v, m)
+	// Light, because the group's own operation has waited for its turn: members
+	// that wait for each other must not wait for each other's turn.
+	spec.VMID, spec.VMName, spec.Light = v.id, m.vm, true
+	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) (err error) {
+		defer func() { m.drop(err) }()
+		v.change(ctx, a, o)
+		return recipe(ctx, o)
+	})
+}
+
+// groupSnapshot is a member's snapshot.
+func (a *Agent) groupSnapshot(o *op.Op, v *vm, m *member, req GroupRequest) (op.Spec, op.Recipe) {
 	one := req.Options
 	one.VM, one.Name, one.UID, one.Group = v.id, req.Name, req.UID, &Group{Operation: o.ID(), Name: req.Name}
 	one.Labels = map[string]string{groupLabel: req.Name}
 	for k, value := range req.Options.Labels {
 		one.Labels[k] = value
 	}
-	// Light, because the group's own operation has waited for its turn: members
-	// that wait for each other must not wait for each other's turn.
-	spec := op.Spec{Kind: op.KindSnapshot, VMID: v.id, VMName: m.vm, Request: one, UID: req.UID, Light: true}
-	return a.begin(ctx, spec, a.memberRecipe(v, one, m))
-}
-
-// memberRecipe is that of a snapshot, which tells the group of its failure.
-func (a *Agent) memberRecipe(v *vm, req SnapshotRequest, m *member) op.Recipe {
-	return func(ctx context.Context, o *op.Op) (err error) {
-		defer func() { m.drop(err) }()
-		v.change(ctx, a, o)
-		return a.snapshot(ctx, o, v, req, m)
+	return op.Spec{Kind: op.KindSnapshot, Request: one, UID: req.UID}, func(ctx context.Context, o *op.Op) error {
+		return a.snapshot(ctx, o, v, one, m)
 	}
 }
 
@@ -204,7 +232,7 @@ func (a *Agent) cancelAll(ctx context.Context, members []op.Record) {
 }
 
 // groupEnd says what a group came to, by its members.
-func (a *Agent) groupEnd(o *op.Op, req GroupRequest, g *gathering, ended []op.Record) error {
+func groupEnd(o *op.Op, t together, ended []op.Record) error {
 	var first *op.Record
 	taken := 0
 	for i, rec := range ended {
@@ -222,21 +250,17 @@ func (a *Agent) groupEnd(o *op.Op, req GroupRequest, g *gathering, ended []op.Re
 		if first == nil || isSecondary(first.Failure) && !isSecondary(rec.Failure) {
 			first = &ended[i]
 		}
-		if req.BestEffort {
+		if t.bestEffort {
 			o.Warn(op.Warning{Code: warnMember, Message: "VM " + rec.VMName + " dropped out: " + messageOf(rec)})
 			o.SetPartial()
 		}
 	}
-	if first != nil && (!req.BestEffort || taken == 0) {
+	if first != nil && (!t.bestEffort || taken == 0) {
 		kind := fault.Failed
 		if first.Failure != nil {
 			kind = first.Failure.Kind
 		}
-		return fault.New(kind, "group %s: %s", req.Name, messageOf(*first)).WithHint("vmsnap operation show %s tells more", first.ID)
-	}
-	if skew := g.skew(); skew > req.MaxSkew {
-		o.Warn(op.Warning{Code: warnSkew, Message: "the cuts lie up to " + skew.String() + " apart, more than the " + req.MaxSkew.String() + " allowed"})
-		o.SetPartial()
+		return fault.New(kind, "group %s: %s", t.name, messageOf(*first)).WithHint("vmsnap operation show %s tells more", first.ID)
 	}
 	return nil
 }
@@ -331,19 +355,10 @@ func (a *Agent) recoverGroup(ctx context.Context, rec op.Record) error {
 	if err := json.Unmarshal(rec.Request, &req); err != nil {
 		return err
 	}
-	var taken, lost []string
-	for _, id := range req.VMs {
-		name, ok, err := a.recoveredMember(ctx, rec.ID, id)
-		switch {
-		case err != nil:
-			return err
-		case ok:
-			taken = append(taken, name)
-		default:
-			lost = append(lost, name)
-		}
-	}
+	taken, lost, err := a.recoveredMembers(ctx, rec.ID, req.VMs, op.KindSnapshot)
 	switch {
+	case err != nil:
+		return err
 	case len(taken) == 0:
 		return errInterrupted()
 	case len(lost) == 0:
@@ -354,18 +369,35 @@ func (a *Agent) recoverGroup(ctx context.Context, rec op.Record) error {
 	}
 }
 
-// recoveredMember waits for the recovery of a member, and says whether there is a
-// snapshot.
-func (a *Agent) recoveredMember(ctx context.Context, group, vmID string) (name string, taken bool, err error) {
+// recoveredMembers waits for the recovery of the members of a group, and returns
+// the names of the VMs whose operations have succeeded, and of the others.
+func (a *Agent) recoveredMembers(ctx context.Context, group string, vms []string, kind op.Kind) (done, lost []string, err error) {
+	for _, id := range vms {
+		name, ok, err := a.recoveredMember(ctx, group, id, kind)
+		switch {
+		case err != nil:
+			return nil, nil, err
+		case ok:
+			done = append(done, name)
+		default:
+			lost = append(lost, name)
+		}
+	}
+	return done, lost, nil
+}
+
+// recoveredMember waits for the recovery of a member, and says whether it has what
+// was asked for.
+func (a *Agent) recoveredMember(ctx context.Context, group, vmID string, kind op.Kind) (name string, done bool, err error) {
 	records, err := a.catalog.Operations(ctx, op.Filter{VMID: vmID, Limit: 20})
 	if err != nil {
 		return "", false, err
 	}
 	name = vmID
 	for _, rec := range records {
-		var req SnapshotRequest
+		var req struct{ Group *Group } // of a snapshot's request, and of a restore's
 		name = rec.VMName
-		if rec.Kind != op.KindSnapshot || json.Unmarshal(rec.Request, &req) != nil || req.Group == nil || req.Group.Operation != group {
+		if rec.Kind != kind || json.Unmarshal(rec.Request, &req) != nil || req.Group == nil || req.Group.Operation != group {
 			continue
 		}
 		if rec, err = a.ops.Wait(ctx, rec.ID); err != nil {

@@ -61,6 +61,14 @@ func (a *Agent) recipeOf(v *vm, rec op.Record) (op.Recipe, error) {
 		req.RequestID, req.UID = rec.RequestID, rec.UID
 		return a.groupRecipe(req), nil
 	}
+	if rec.Kind == op.KindGroupRestore {
+		var req GroupRestoreRequest
+		if err := json.Unmarshal(rec.Request, &req); err != nil {
+			return nil, fmt.Errorf("the request of operation %s: %w", rec.ID, err)
+		}
+		req.RequestID, req.UID = rec.RequestID, rec.UID
+		return a.groupRestoreRecipe(req), nil
+	}
 	nothing := fault.New(fault.Failed, "vmsnapd was stopped before operation %s began; nothing was done", rec.ID).
 		WithHint("ask for it again")
 	if rec.Kind == op.KindDelete && v != nil {

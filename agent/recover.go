@@ -132,8 +132,11 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return err
 	}
 	a.recoverHooks(ctx, o, entries) // the guest is thawed
-	if rec.Kind == op.KindGroup {
+	switch rec.Kind {
+	case op.KindGroup:
 		return a.recoverGroup(ctx, rec)
+	case op.KindGroupRestore:
+		return a.recoverGroupRestore(ctx, rec)
 	}
 	if v == nil || rec.Kind == op.KindFreeze {
 		return interrupted // the lease has been dealt with already

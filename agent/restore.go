@@ -24,10 +24,7 @@ func (a *Agent) RestoreSnapshot(ctx context.Context, req RestoreRequest) (op.Rec
 	}
 	spec := op.Spec{Kind: op.KindRestore, VMID: v.id, VMName: v.name(), Request: req, RequestID: req.RequestID, UID: req.UID}
 	return a.changes(ctx, spec, v, func(ctx context.Context, o *op.Op) error {
-		r := &restore{cut: &cut{Agent: a, o: o, vm: v}}
-		r.Description, r.NoSafety = fmt.Sprintf("the state before %s was restored", s.Name), req.NoSafety
-		r.keepsAs("before-" + generatedName(time.Now(), o.ID()))
-		return r.to(ctx, s, req, nil)
+		return a.newRestore(o, v, s, req, nil).to(ctx, s, req, nil)
 	})
 }
 
@@ -125,6 +122,9 @@ func (r *restore) live(ctx context.Context, subset bool) error {
 	if err := r.o.Step(ctx, "overlays", r.overlays); err != nil {
 		return err
 	}
+	if err := r.joinSwap(ctx); err != nil {
+		return err
+	}
 	if r.guard != nil {
 		if err := r.o.Step(ctx, "freeze", r.freezeOthers); err != nil {
 			return err
@@ -134,6 +134,9 @@ func (r *restore) live(ctx context.Context, subset bool) error {
 		return err
 	}
 	whole := context.WithoutCancel(ctx)
+	if err := r.joinReset(whole); err != nil {
+		return err
+	}
 	if err := r.o.Step(whole, "point", r.point); err != nil {
 		return err
 	}

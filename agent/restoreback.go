@@ -115,6 +115,11 @@ func (r *restore) swapBack(ctx context.Context) error {
 		return err
 	}
 	for _, i := range covering {
+		// QEMU has the layer open twice now, and would write through neither.
+		d := r.disks[i]
+		if err := blockdev.DropUnused(ctx, s, []string{d.dir.Path(d.Launch), d.baseDir.Path(d.Base)}); err != nil {
+			return err
+		}
 		if err := r.mergeDisk(ctx, r.disks[i], i); err != nil {
 			return r.failure(r.disks[i], err)
 		}
@@ -270,6 +275,12 @@ func (r *restore) stopped(ctx context.Context) (err error) {
 		return r.overlaysStopped(ctx)
 	})
 	if err != nil {
+		return err
+	}
+	if err := r.joinSwap(ctx); err != nil {
+		return err
+	}
+	if err := r.joinReset(ctx); err != nil {
 		return err
 	}
 	err = r.o.Step(ctx, "point", func(ctx context.Context) error {

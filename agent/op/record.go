@@ -16,6 +16,7 @@ const (
 	KindSnapshot      Kind = "snapshot"       // cut a snapshot
 	KindFreeze        Kind = "freeze"         // hold a guest frozen until it is thawed or its lease ends
 	KindGroup         Kind = "group"          // cut snapshots of several VMs at one time
+	KindGroupRestore  Kind = "group-restore"  // take several VMs back to a group of snapshots
 	KindVerify        Kind = "verify"         // compare a snapshot's files with what was recorded
 	KindRestore       Kind = "restore"        // go back to what snapshots hold
 	KindPreview       Kind = "preview"        // run a VM on a trial state

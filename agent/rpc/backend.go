@@ -23,6 +23,7 @@ type Backend interface {
 	PlanSnapshot(ctx context.Context, req agent.SnapshotRequest) (agent.Plan, error)
 	CreateSnapshot(ctx context.Context, req agent.SnapshotRequest) (op.Record, error)
 	CreateGroup(ctx context.Context, req agent.GroupRequest) (op.Record, error)
+	RestoreGroup(ctx context.Context, req agent.GroupRestoreRequest) (op.Record, error)
 	Snapshots(ctx context.Context, filter agent.SnapshotFilter) ([]agent.SnapshotView, error)
 	Snapshot(ctx context.Context, ref string) (agent.SnapshotView, error)
 	RenameSnapshot(ctx context.Context, ref, newName string) (agent.SnapshotView, error)

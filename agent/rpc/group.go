@@ -23,6 +23,24 @@ func (s snapshotService) CreateGroup(ctx context.Context, req *connect.Request[v
 	return connect.NewResponse(&vmsnapv1.CreateGroupResponse{Operation: operationProto(record)}), nil
 }
 
+func (s snapshotService) RestoreGroup(ctx context.Context, req *connect.Request[vmsnapv1.RestoreGroupRequest]) (*connect.Response[vmsnapv1.RestoreGroupResponse], error) {
+	msg := req.Msg
+	if err := first(checkRef("group", msg.GetGroup()), checkLength("request_id", msg.GetRequestId(), maxRequestID)); err != nil {
+		return nil, err
+	}
+	caller, err := uid(ctx)
+	if err != nil {
+		return nil, err
+	}
+	record, err := s.backend.RestoreGroup(ctx, agent.GroupRestoreRequest{
+		Group: msg.GetGroup(), BestEffort: msg.GetBestEffort(), NoSafety: msg.GetNoSafetySnapshot(), RequestID: msg.GetRequestId(), UID: caller,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.RestoreGroupResponse{Operation: operationProto(record)}), nil
+}
+
 // maxGroup bounds the VMs of a group.
 const maxGroup = 64
 

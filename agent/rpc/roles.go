@@ -70,6 +70,7 @@ var needed = map[string]Role{
 	vmsnapv1connect.SnapshotServiceDeleteSnapshotsProcedure: Admin,
 	// A restore takes away what was written since.
 	vmsnapv1connect.SnapshotServiceRestoreSnapshotProcedure: Admin,
+	vmsnapv1connect.SnapshotServiceRestoreGroupProcedure:    Admin,
 	vmsnapv1connect.SnapshotServicePreviewSnapshotProcedure: Admin,
 	vmsnapv1connect.SnapshotServiceCommitPreviewProcedure:   Admin,
 	vmsnapv1connect.SnapshotServiceUndoPreviewProcedure:     Admin,

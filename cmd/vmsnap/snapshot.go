@@ -17,7 +17,7 @@ func (a *app) snapshot() *cobra.Command {
 	return a.group(&cobra.Command{
 		Use:   "snapshot",
 		Short: "Take, show, restore, export, clone, verify, rename and delete snapshots",
-	}, a.snapshotCreate(), a.snapshotCreateGroup(), a.snapshotList(), a.snapshotShow(), a.snapshotRestore(), a.snapshotPreview(), a.snapshotExport(), a.snapshotClone(), a.snapshotTemplate(), a.snapshotVerify(), a.snapshotRename(), a.snapshotDelete())
+	}, a.snapshotCreate(), a.snapshotCreateGroup(), a.snapshotList(), a.snapshotShow(), a.snapshotRestore(), a.snapshotRestoreGroup(), a.snapshotPreview(), a.snapshotExport(), a.snapshotClone(), a.snapshotTemplate(), a.snapshotVerify(), a.snapshotRename(), a.snapshotDelete())
 }
 
 func (a *app) snapshotList() *cobra.Command {

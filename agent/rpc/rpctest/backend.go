@@ -210,6 +210,11 @@ func (b *Backend) CreateGroup(context.Context, agent.GroupRequest) (op.Record, e
 	return op.Record{}, fault.New(fault.Unsupported, "this backend has no groups")
 }
 
+// RestoreGroup is refused: it takes real VMs.
+func (b *Backend) RestoreGroup(context.Context, agent.GroupRestoreRequest) (op.Record, error) {
+	return op.Record{}, fault.New(fault.Unsupported, "this backend has no groups")
+}
+
 // CreateSnapshot is an error unless it is scripted.
 func (b *Backend) CreateSnapshot(ctx context.Context, req agent.SnapshotRequest) (op.Record, error) {
 	if f := b.scripted().Create; f != nil {

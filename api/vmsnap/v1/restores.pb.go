@@ -239,6 +239,122 @@ func (x *RestoreSnapshotRequest) GetLauncher() Launcher {
 	return Launcher_LAUNCHER_UNSPECIFIED
 }
 
+type RestoreGroupRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name, or the id of the operation that took it.
+	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	// A VM that fails drops out instead of failing the group.
+	BestEffort bool `protobuf:"varint,2,opt,name=best_effort,json=bestEffort,proto3" json:"best_effort,omitempty"`
+	// Do not keep the states before as snapshots.
+	NoSafetySnapshot bool `protobuf:"varint,3,opt,name=no_safety_snapshot,json=noSafetySnapshot,proto3" json:"no_safety_snapshot,omitempty"`
+	// Makes a repeated request return the first one's operation. Kept 30 days.
+	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreGroupRequest) Reset() {
+	*x = RestoreGroupRequest{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreGroupRequest) ProtoMessage() {}
+
+func (x *RestoreGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreGroupRequest.ProtoReflect.Descriptor instead.
+func (*RestoreGroupRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RestoreGroupRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *RestoreGroupRequest) GetBestEffort() bool {
+	if x != nil {
+		return x.BestEffort
+	}
+	return false
+}
+
+func (x *RestoreGroupRequest) GetNoSafetySnapshot() bool {
+	if x != nil {
+		return x.NoSafetySnapshot
+	}
+	return false
+}
+
+func (x *RestoreGroupRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type RestoreGroupResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreGroupResponse) Reset() {
+	*x = RestoreGroupResponse{}
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreGroupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreGroupResponse) ProtoMessage() {}
+
+func (x *RestoreGroupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreGroupResponse.ProtoReflect.Descriptor instead.
+func (*RestoreGroupResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RestoreGroupResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
 type PreviewSnapshotRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// VM/NAME or id.
@@ -260,7 +376,7 @@ type PreviewSnapshotRequest struct {
 
 func (x *PreviewSnapshotRequest) Reset() {
 	*x = PreviewSnapshotRequest{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[2]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -272,7 +388,7 @@ func (x *PreviewSnapshotRequest) String() string {
 func (*PreviewSnapshotRequest) ProtoMessage() {}
 
 func (x *PreviewSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[2]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -285,7 +401,7 @@ func (x *PreviewSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*PreviewSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{2}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *PreviewSnapshotRequest) GetSnapshot() string {
@@ -339,7 +455,7 @@ type PreviewSnapshotResponse struct {
 
 func (x *PreviewSnapshotResponse) Reset() {
 	*x = PreviewSnapshotResponse{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[3]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -351,7 +467,7 @@ func (x *PreviewSnapshotResponse) String() string {
 func (*PreviewSnapshotResponse) ProtoMessage() {}
 
 func (x *PreviewSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[3]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -364,7 +480,7 @@ func (x *PreviewSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*PreviewSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{3}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PreviewSnapshotResponse) GetOperation() *Operation {
@@ -383,7 +499,7 @@ type GetPreviewRequest struct {
 
 func (x *GetPreviewRequest) Reset() {
 	*x = GetPreviewRequest{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -395,7 +511,7 @@ func (x *GetPreviewRequest) String() string {
 func (*GetPreviewRequest) ProtoMessage() {}
 
 func (x *GetPreviewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -408,7 +524,7 @@ func (x *GetPreviewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPreviewRequest.ProtoReflect.Descriptor instead.
 func (*GetPreviewRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{4}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *GetPreviewRequest) GetVm() string {
@@ -427,7 +543,7 @@ type GetPreviewResponse struct {
 
 func (x *GetPreviewResponse) Reset() {
 	*x = GetPreviewResponse{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -439,7 +555,7 @@ func (x *GetPreviewResponse) String() string {
 func (*GetPreviewResponse) ProtoMessage() {}
 
 func (x *GetPreviewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -452,7 +568,7 @@ func (x *GetPreviewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPreviewResponse.ProtoReflect.Descriptor instead.
 func (*GetPreviewResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{5}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetPreviewResponse) GetPreview() *Preview {
@@ -480,7 +596,7 @@ type Preview struct {
 
 func (x *Preview) Reset() {
 	*x = Preview{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[6]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -492,7 +608,7 @@ func (x *Preview) String() string {
 func (*Preview) ProtoMessage() {}
 
 func (x *Preview) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[6]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -505,7 +621,7 @@ func (x *Preview) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Preview.ProtoReflect.Descriptor instead.
 func (*Preview) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{6}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Preview) GetSnapshot() string {
@@ -552,7 +668,7 @@ type CommitPreviewRequest struct {
 
 func (x *CommitPreviewRequest) Reset() {
 	*x = CommitPreviewRequest{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -564,7 +680,7 @@ func (x *CommitPreviewRequest) String() string {
 func (*CommitPreviewRequest) ProtoMessage() {}
 
 func (x *CommitPreviewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -577,7 +693,7 @@ func (x *CommitPreviewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitPreviewRequest.ProtoReflect.Descriptor instead.
 func (*CommitPreviewRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{7}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CommitPreviewRequest) GetVm() string {
@@ -597,7 +713,7 @@ type CommitPreviewResponse struct {
 
 func (x *CommitPreviewResponse) Reset() {
 	*x = CommitPreviewResponse{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -609,7 +725,7 @@ func (x *CommitPreviewResponse) String() string {
 func (*CommitPreviewResponse) ProtoMessage() {}
 
 func (x *CommitPreviewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -622,7 +738,7 @@ func (x *CommitPreviewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitPreviewResponse.ProtoReflect.Descriptor instead.
 func (*CommitPreviewResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{8}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CommitPreviewResponse) GetOperation() *Operation {
@@ -641,7 +757,7 @@ type UndoPreviewRequest struct {
 
 func (x *UndoPreviewRequest) Reset() {
 	*x = UndoPreviewRequest{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -653,7 +769,7 @@ func (x *UndoPreviewRequest) String() string {
 func (*UndoPreviewRequest) ProtoMessage() {}
 
 func (x *UndoPreviewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -666,7 +782,7 @@ func (x *UndoPreviewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoPreviewRequest.ProtoReflect.Descriptor instead.
 func (*UndoPreviewRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{9}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UndoPreviewRequest) GetVm() string {
@@ -685,7 +801,7 @@ type UndoPreviewResponse struct {
 
 func (x *UndoPreviewResponse) Reset() {
 	*x = UndoPreviewResponse{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -697,7 +813,7 @@ func (x *UndoPreviewResponse) String() string {
 func (*UndoPreviewResponse) ProtoMessage() {}
 
 func (x *UndoPreviewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -710,7 +826,7 @@ func (x *UndoPreviewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndoPreviewResponse.ProtoReflect.Descriptor instead.
 func (*UndoPreviewResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{10}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *UndoPreviewResponse) GetOperation() *Operation {
@@ -730,7 +846,7 @@ type RestoreSnapshotResponse struct {
 
 func (x *RestoreSnapshotResponse) Reset() {
 	*x = RestoreSnapshotResponse{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +858,7 @@ func (x *RestoreSnapshotResponse) String() string {
 func (*RestoreSnapshotResponse) ProtoMessage() {}
 
 func (x *RestoreSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +871,7 @@ func (x *RestoreSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{11}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RestoreSnapshotResponse) GetOperation() *Operation {
@@ -774,7 +890,7 @@ type PlanRestoreResponse struct {
 
 func (x *PlanRestoreResponse) Reset() {
 	*x = PlanRestoreResponse{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -786,7 +902,7 @@ func (x *PlanRestoreResponse) String() string {
 func (*PlanRestoreResponse) ProtoMessage() {}
 
 func (x *PlanRestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -799,7 +915,7 @@ func (x *PlanRestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanRestoreResponse.ProtoReflect.Descriptor instead.
 func (*PlanRestoreResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PlanRestoreResponse) GetPlan() *RestorePlan {
@@ -831,7 +947,7 @@ type RestorePlan struct {
 
 func (x *RestorePlan) Reset() {
 	*x = RestorePlan{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -843,7 +959,7 @@ func (x *RestorePlan) String() string {
 func (*RestorePlan) ProtoMessage() {}
 
 func (x *RestorePlan) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -856,7 +972,7 @@ func (x *RestorePlan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestorePlan.ProtoReflect.Descriptor instead.
 func (*RestorePlan) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RestorePlan) GetVmName() string {
@@ -930,7 +1046,7 @@ type RestorePlanMemory struct {
 
 func (x *RestorePlanMemory) Reset() {
 	*x = RestorePlanMemory{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1058,7 @@ func (x *RestorePlanMemory) String() string {
 func (*RestorePlanMemory) ProtoMessage() {}
 
 func (x *RestorePlanMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1071,7 @@ func (x *RestorePlanMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestorePlanMemory.ProtoReflect.Descriptor instead.
 func (*RestorePlanMemory) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RestorePlanMemory) GetPath() string {
@@ -1016,7 +1132,7 @@ type RestorePlanDisk struct {
 
 func (x *RestorePlanDisk) Reset() {
 	*x = RestorePlanDisk{}
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1028,7 +1144,7 @@ func (x *RestorePlanDisk) String() string {
 func (*RestorePlanDisk) ProtoMessage() {}
 
 func (x *RestorePlanDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_restores_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_restores_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1041,7 +1157,7 @@ func (x *RestorePlanDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestorePlanDisk.ProtoReflect.Descriptor instead.
 func (*RestorePlanDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_restores_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RestorePlanDisk) GetDevice() string {
@@ -1089,7 +1205,16 @@ const file_vmsnap_v1_restores_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x05 \x01(\tR\trequestId\x12\x16\n" +
 	"\x06memory\x18\x06 \x01(\bR\x06memory\x12/\n" +
-	"\blauncher\x18\a \x01(\x0e2\x13.vmsnap.v1.LauncherR\blauncher\"\xec\x01\n" +
+	"\blauncher\x18\a \x01(\x0e2\x13.vmsnap.v1.LauncherR\blauncher\"\x99\x01\n" +
+	"\x13RestoreGroupRequest\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12\x1f\n" +
+	"\vbest_effort\x18\x02 \x01(\bR\n" +
+	"bestEffort\x12,\n" +
+	"\x12no_safety_snapshot\x18\x03 \x01(\bR\x10noSafetySnapshot\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tR\trequestId\"J\n" +
+	"\x14RestoreGroupResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"\xec\x01\n" +
 	"\x16PreviewSnapshotRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12+\n" +
 	"\x05disks\x18\x02 \x03(\v2\x15.vmsnap.v1.DiskChoiceR\x05disks\x12\x18\n" +
@@ -1162,51 +1287,54 @@ func file_vmsnap_v1_restores_proto_rawDescGZIP() []byte {
 }
 
 var file_vmsnap_v1_restores_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vmsnap_v1_restores_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_vmsnap_v1_restores_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_vmsnap_v1_restores_proto_goTypes = []any{
 	(Launcher)(0),                   // 0: vmsnap.v1.Launcher
 	(*DiskChoice)(nil),              // 1: vmsnap.v1.DiskChoice
 	(*RestoreSnapshotRequest)(nil),  // 2: vmsnap.v1.RestoreSnapshotRequest
-	(*PreviewSnapshotRequest)(nil),  // 3: vmsnap.v1.PreviewSnapshotRequest
-	(*PreviewSnapshotResponse)(nil), // 4: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewRequest)(nil),       // 5: vmsnap.v1.GetPreviewRequest
-	(*GetPreviewResponse)(nil),      // 6: vmsnap.v1.GetPreviewResponse
-	(*Preview)(nil),                 // 7: vmsnap.v1.Preview
-	(*CommitPreviewRequest)(nil),    // 8: vmsnap.v1.CommitPreviewRequest
-	(*CommitPreviewResponse)(nil),   // 9: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewRequest)(nil),      // 10: vmsnap.v1.UndoPreviewRequest
-	(*UndoPreviewResponse)(nil),     // 11: vmsnap.v1.UndoPreviewResponse
-	(*RestoreSnapshotResponse)(nil), // 12: vmsnap.v1.RestoreSnapshotResponse
-	(*PlanRestoreResponse)(nil),     // 13: vmsnap.v1.PlanRestoreResponse
-	(*RestorePlan)(nil),             // 14: vmsnap.v1.RestorePlan
-	(*RestorePlanMemory)(nil),       // 15: vmsnap.v1.RestorePlanMemory
-	(*RestorePlanDisk)(nil),         // 16: vmsnap.v1.RestorePlanDisk
-	(*Operation)(nil),               // 17: vmsnap.v1.Operation
-	(*timestamppb.Timestamp)(nil),   // 18: google.protobuf.Timestamp
-	(*Warning)(nil),                 // 19: vmsnap.v1.Warning
-	(*Error)(nil),                   // 20: vmsnap.v1.Error
+	(*RestoreGroupRequest)(nil),     // 3: vmsnap.v1.RestoreGroupRequest
+	(*RestoreGroupResponse)(nil),    // 4: vmsnap.v1.RestoreGroupResponse
+	(*PreviewSnapshotRequest)(nil),  // 5: vmsnap.v1.PreviewSnapshotRequest
+	(*PreviewSnapshotResponse)(nil), // 6: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewRequest)(nil),       // 7: vmsnap.v1.GetPreviewRequest
+	(*GetPreviewResponse)(nil),      // 8: vmsnap.v1.GetPreviewResponse
+	(*Preview)(nil),                 // 9: vmsnap.v1.Preview
+	(*CommitPreviewRequest)(nil),    // 10: vmsnap.v1.CommitPreviewRequest
+	(*CommitPreviewResponse)(nil),   // 11: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewRequest)(nil),      // 12: vmsnap.v1.UndoPreviewRequest
+	(*UndoPreviewResponse)(nil),     // 13: vmsnap.v1.UndoPreviewResponse
+	(*RestoreSnapshotResponse)(nil), // 14: vmsnap.v1.RestoreSnapshotResponse
+	(*PlanRestoreResponse)(nil),     // 15: vmsnap.v1.PlanRestoreResponse
+	(*RestorePlan)(nil),             // 16: vmsnap.v1.RestorePlan
+	(*RestorePlanMemory)(nil),       // 17: vmsnap.v1.RestorePlanMemory
+	(*RestorePlanDisk)(nil),         // 18: vmsnap.v1.RestorePlanDisk
+	(*Operation)(nil),               // 19: vmsnap.v1.Operation
+	(*timestamppb.Timestamp)(nil),   // 20: google.protobuf.Timestamp
+	(*Warning)(nil),                 // 21: vmsnap.v1.Warning
+	(*Error)(nil),                   // 22: vmsnap.v1.Error
 }
 var file_vmsnap_v1_restores_proto_depIdxs = []int32{
 	1,  // 0: vmsnap.v1.RestoreSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
 	0,  // 1: vmsnap.v1.RestoreSnapshotRequest.launcher:type_name -> vmsnap.v1.Launcher
-	1,  // 2: vmsnap.v1.PreviewSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
-	17, // 3: vmsnap.v1.PreviewSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	7,  // 4: vmsnap.v1.GetPreviewResponse.preview:type_name -> vmsnap.v1.Preview
-	18, // 5: vmsnap.v1.Preview.opened:type_name -> google.protobuf.Timestamp
-	17, // 6: vmsnap.v1.CommitPreviewResponse.operation:type_name -> vmsnap.v1.Operation
-	17, // 7: vmsnap.v1.UndoPreviewResponse.operation:type_name -> vmsnap.v1.Operation
-	17, // 8: vmsnap.v1.RestoreSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	14, // 9: vmsnap.v1.PlanRestoreResponse.plan:type_name -> vmsnap.v1.RestorePlan
-	16, // 10: vmsnap.v1.RestorePlan.disks:type_name -> vmsnap.v1.RestorePlanDisk
-	19, // 11: vmsnap.v1.RestorePlan.warnings:type_name -> vmsnap.v1.Warning
-	20, // 12: vmsnap.v1.RestorePlan.blockers:type_name -> vmsnap.v1.Error
-	15, // 13: vmsnap.v1.RestorePlan.memory:type_name -> vmsnap.v1.RestorePlanMemory
-	0,  // 14: vmsnap.v1.RestorePlanMemory.launcher:type_name -> vmsnap.v1.Launcher
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	19, // 2: vmsnap.v1.RestoreGroupResponse.operation:type_name -> vmsnap.v1.Operation
+	1,  // 3: vmsnap.v1.PreviewSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
+	19, // 4: vmsnap.v1.PreviewSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	9,  // 5: vmsnap.v1.GetPreviewResponse.preview:type_name -> vmsnap.v1.Preview
+	20, // 6: vmsnap.v1.Preview.opened:type_name -> google.protobuf.Timestamp
+	19, // 7: vmsnap.v1.CommitPreviewResponse.operation:type_name -> vmsnap.v1.Operation
+	19, // 8: vmsnap.v1.UndoPreviewResponse.operation:type_name -> vmsnap.v1.Operation
+	19, // 9: vmsnap.v1.RestoreSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	16, // 10: vmsnap.v1.PlanRestoreResponse.plan:type_name -> vmsnap.v1.RestorePlan
+	18, // 11: vmsnap.v1.RestorePlan.disks:type_name -> vmsnap.v1.RestorePlanDisk
+	21, // 12: vmsnap.v1.RestorePlan.warnings:type_name -> vmsnap.v1.Warning
+	22, // 13: vmsnap.v1.RestorePlan.blockers:type_name -> vmsnap.v1.Error
+	17, // 14: vmsnap.v1.RestorePlan.memory:type_name -> vmsnap.v1.RestorePlanMemory
+	0,  // 15: vmsnap.v1.RestorePlanMemory.launcher:type_name -> vmsnap.v1.Launcher
+	16, // [16:16] is the sub-list for method output_type
+	16, // [16:16] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_restores_proto_init() }
@@ -1221,7 +1349,7 @@ func file_vmsnap_v1_restores_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_restores_proto_rawDesc), len(file_vmsnap_v1_restores_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   16,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -2825,10 +2825,11 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\n" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse\x12U\n" +
-	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xcf\f\n" +
+	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xa0\r\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12L\n" +
-	"\vCreateGroup\x12\x1d.vmsnap.v1.CreateGroupRequest\x1a\x1e.vmsnap.v1.CreateGroupResponse\x12V\n" +
+	"\vCreateGroup\x12\x1d.vmsnap.v1.CreateGroupRequest\x1a\x1e.vmsnap.v1.CreateGroupResponse\x12O\n" +
+	"\fRestoreGroup\x12\x1e.vmsnap.v1.RestoreGroupRequest\x1a\x1f.vmsnap.v1.RestoreGroupResponse\x12V\n" +
 	"\fPlanSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a\x1f.vmsnap.v1.PlanSnapshotResponse\"\x03\x90\x02\x01\x12W\n" +
 	"\rListSnapshots\x12\x1f.vmsnap.v1.ListSnapshotsRequest\x1a .vmsnap.v1.ListSnapshotsResponse\"\x03\x90\x02\x01\x12Q\n" +
 	"\vGetSnapshot\x12\x1d.vmsnap.v1.GetSnapshotRequest\x1a\x1e.vmsnap.v1.GetSnapshotResponse\"\x03\x90\x02\x01\x12U\n" +
@@ -2928,28 +2929,30 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*Error)(nil),                   // 55: vmsnap.v1.Error
 	(Consistency)(0),                // 56: vmsnap.v1.Consistency
 	(*Snapshot)(nil),                // 57: vmsnap.v1.Snapshot
-	(*DeleteSnapshotsRequest)(nil),  // 58: vmsnap.v1.DeleteSnapshotsRequest
-	(*RestoreSnapshotRequest)(nil),  // 59: vmsnap.v1.RestoreSnapshotRequest
-	(*PreviewSnapshotRequest)(nil),  // 60: vmsnap.v1.PreviewSnapshotRequest
-	(*GetPreviewRequest)(nil),       // 61: vmsnap.v1.GetPreviewRequest
-	(*CommitPreviewRequest)(nil),    // 62: vmsnap.v1.CommitPreviewRequest
-	(*UndoPreviewRequest)(nil),      // 63: vmsnap.v1.UndoPreviewRequest
-	(*ExportSnapshotRequest)(nil),   // 64: vmsnap.v1.ExportSnapshotRequest
-	(*CloneDiskRequest)(nil),        // 65: vmsnap.v1.CloneDiskRequest
-	(*ForgetCloneRequest)(nil),      // 66: vmsnap.v1.ForgetCloneRequest
-	(*SetTemplateRequest)(nil),      // 67: vmsnap.v1.SetTemplateRequest
-	(*DeleteSnapshotsResponse)(nil), // 68: vmsnap.v1.DeleteSnapshotsResponse
-	(*PlanDeleteResponse)(nil),      // 69: vmsnap.v1.PlanDeleteResponse
-	(*RestoreSnapshotResponse)(nil), // 70: vmsnap.v1.RestoreSnapshotResponse
-	(*PreviewSnapshotResponse)(nil), // 71: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewResponse)(nil),      // 72: vmsnap.v1.GetPreviewResponse
-	(*CommitPreviewResponse)(nil),   // 73: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewResponse)(nil),     // 74: vmsnap.v1.UndoPreviewResponse
-	(*PlanRestoreResponse)(nil),     // 75: vmsnap.v1.PlanRestoreResponse
-	(*ExportSnapshotResponse)(nil),  // 76: vmsnap.v1.ExportSnapshotResponse
-	(*CloneDiskResponse)(nil),       // 77: vmsnap.v1.CloneDiskResponse
-	(*ForgetCloneResponse)(nil),     // 78: vmsnap.v1.ForgetCloneResponse
-	(*SetTemplateResponse)(nil),     // 79: vmsnap.v1.SetTemplateResponse
+	(*RestoreGroupRequest)(nil),     // 58: vmsnap.v1.RestoreGroupRequest
+	(*DeleteSnapshotsRequest)(nil),  // 59: vmsnap.v1.DeleteSnapshotsRequest
+	(*RestoreSnapshotRequest)(nil),  // 60: vmsnap.v1.RestoreSnapshotRequest
+	(*PreviewSnapshotRequest)(nil),  // 61: vmsnap.v1.PreviewSnapshotRequest
+	(*GetPreviewRequest)(nil),       // 62: vmsnap.v1.GetPreviewRequest
+	(*CommitPreviewRequest)(nil),    // 63: vmsnap.v1.CommitPreviewRequest
+	(*UndoPreviewRequest)(nil),      // 64: vmsnap.v1.UndoPreviewRequest
+	(*ExportSnapshotRequest)(nil),   // 65: vmsnap.v1.ExportSnapshotRequest
+	(*CloneDiskRequest)(nil),        // 66: vmsnap.v1.CloneDiskRequest
+	(*ForgetCloneRequest)(nil),      // 67: vmsnap.v1.ForgetCloneRequest
+	(*SetTemplateRequest)(nil),      // 68: vmsnap.v1.SetTemplateRequest
+	(*RestoreGroupResponse)(nil),    // 69: vmsnap.v1.RestoreGroupResponse
+	(*DeleteSnapshotsResponse)(nil), // 70: vmsnap.v1.DeleteSnapshotsResponse
+	(*PlanDeleteResponse)(nil),      // 71: vmsnap.v1.PlanDeleteResponse
+	(*RestoreSnapshotResponse)(nil), // 72: vmsnap.v1.RestoreSnapshotResponse
+	(*PreviewSnapshotResponse)(nil), // 73: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewResponse)(nil),      // 74: vmsnap.v1.GetPreviewResponse
+	(*CommitPreviewResponse)(nil),   // 75: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewResponse)(nil),     // 76: vmsnap.v1.UndoPreviewResponse
+	(*PlanRestoreResponse)(nil),     // 77: vmsnap.v1.PlanRestoreResponse
+	(*ExportSnapshotResponse)(nil),  // 78: vmsnap.v1.ExportSnapshotResponse
+	(*CloneDiskResponse)(nil),       // 79: vmsnap.v1.CloneDiskResponse
+	(*ForgetCloneResponse)(nil),     // 80: vmsnap.v1.ForgetCloneResponse
+	(*SetTemplateResponse)(nil),     // 81: vmsnap.v1.SetTemplateResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	48, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
@@ -3002,64 +3005,66 @@ var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	9,  // 47: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
 	18, // 48: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
 	20, // 49: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
-	18, // 50: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	28, // 51: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
-	30, // 52: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
-	32, // 53: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
-	22, // 54: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
-	58, // 55: vmsnap.v1.SnapshotService.DeleteSnapshots:input_type -> vmsnap.v1.DeleteSnapshotsRequest
-	58, // 56: vmsnap.v1.SnapshotService.PlanDelete:input_type -> vmsnap.v1.DeleteSnapshotsRequest
-	59, // 57: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	60, // 58: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
-	61, // 59: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
-	62, // 60: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
-	63, // 61: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
-	59, // 62: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	64, // 63: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
-	65, // 64: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
-	66, // 65: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
-	67, // 66: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
-	34, // 67: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	36, // 68: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	38, // 69: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	40, // 70: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	42, // 71: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
-	44, // 72: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
-	1,  // 73: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 74: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	13, // 75: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	15, // 76: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	17, // 77: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	6,  // 78: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 79: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	10, // 80: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
-	19, // 81: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	21, // 82: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
-	24, // 83: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	29, // 84: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	31, // 85: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	33, // 86: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	23, // 87: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	68, // 88: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
-	69, // 89: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
-	70, // 90: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	71, // 91: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
-	72, // 92: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
-	73, // 93: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
-	74, // 94: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
-	75, // 95: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	76, // 96: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	77, // 97: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
-	78, // 98: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
-	79, // 99: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
-	35, // 100: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	37, // 101: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	39, // 102: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	41, // 103: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	43, // 104: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
-	45, // 105: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
-	73, // [73:106] is the sub-list for method output_type
-	40, // [40:73] is the sub-list for method input_type
+	58, // 50: vmsnap.v1.SnapshotService.RestoreGroup:input_type -> vmsnap.v1.RestoreGroupRequest
+	18, // 51: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	28, // 52: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
+	30, // 53: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
+	32, // 54: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
+	22, // 55: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
+	59, // 56: vmsnap.v1.SnapshotService.DeleteSnapshots:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	59, // 57: vmsnap.v1.SnapshotService.PlanDelete:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	60, // 58: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	61, // 59: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
+	62, // 60: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
+	63, // 61: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
+	64, // 62: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
+	60, // 63: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	65, // 64: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
+	66, // 65: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
+	67, // 66: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
+	68, // 67: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
+	34, // 68: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	36, // 69: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	38, // 70: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	40, // 71: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	42, // 72: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
+	44, // 73: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
+	1,  // 74: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 75: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	13, // 76: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	15, // 77: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	17, // 78: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	6,  // 79: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 80: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	10, // 81: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
+	19, // 82: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	21, // 83: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
+	69, // 84: vmsnap.v1.SnapshotService.RestoreGroup:output_type -> vmsnap.v1.RestoreGroupResponse
+	24, // 85: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	29, // 86: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	31, // 87: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	33, // 88: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	23, // 89: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	70, // 90: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
+	71, // 91: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
+	72, // 92: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	73, // 93: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	74, // 94: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	75, // 95: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	76, // 96: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	77, // 97: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	78, // 98: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	79, // 99: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
+	80, // 100: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
+	81, // 101: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
+	35, // 102: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	37, // 103: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	39, // 104: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	41, // 105: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	43, // 106: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
+	45, // 107: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
+	74, // [74:108] is the sub-list for method output_type
+	40, // [40:74] is the sub-list for method input_type
 	40, // [40:40] is the sub-list for extension type_name
 	40, // [40:40] is the sub-list for extension extendee
 	0,  // [0:40] is the sub-list for field type_name

@@ -60,6 +60,9 @@ const (
 	// SnapshotServiceCreateGroupProcedure is the fully-qualified name of the SnapshotService's
 	// CreateGroup RPC.
 	SnapshotServiceCreateGroupProcedure = "/vmsnap.v1.SnapshotService/CreateGroup"
+	// SnapshotServiceRestoreGroupProcedure is the fully-qualified name of the SnapshotService's
+	// RestoreGroup RPC.
+	SnapshotServiceRestoreGroupProcedure = "/vmsnap.v1.SnapshotService/RestoreGroup"
 	// SnapshotServicePlanSnapshotProcedure is the fully-qualified name of the SnapshotService's
 	// PlanSnapshot RPC.
 	SnapshotServicePlanSnapshotProcedure = "/vmsnap.v1.SnapshotService/PlanSnapshot"
@@ -416,6 +419,9 @@ type SnapshotServiceClient interface {
 	// CreateGroup starts an operation that takes snapshots of several VMs at one
 	// time. Each VM has an operation of its own beside it.
 	CreateGroup(context.Context, *connect.Request[v1.CreateGroupRequest]) (*connect.Response[v1.CreateGroupResponse], error)
+	// RestoreGroup starts an operation that takes the disks of all VMs of a group
+	// back to its snapshots. Each VM has an operation of its own beside it.
+	RestoreGroup(context.Context, *connect.Request[v1.RestoreGroupRequest]) (*connect.Response[v1.RestoreGroupResponse], error)
 	// PlanSnapshot runs the preflight of CreateSnapshot and changes nothing.
 	PlanSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.PlanSnapshotResponse], error)
 	// ListSnapshots returns the newest first.
@@ -474,6 +480,12 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			httpClient,
 			baseURL+SnapshotServiceCreateGroupProcedure,
 			connect.WithSchema(snapshotServiceMethods.ByName("CreateGroup")),
+			connect.WithClientOptions(opts...),
+		),
+		restoreGroup: connect.NewClient[v1.RestoreGroupRequest, v1.RestoreGroupResponse](
+			httpClient,
+			baseURL+SnapshotServiceRestoreGroupProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("RestoreGroup")),
 			connect.WithClientOptions(opts...),
 		),
 		planSnapshot: connect.NewClient[v1.CreateSnapshotRequest, v1.PlanSnapshotResponse](
@@ -591,6 +603,7 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 type snapshotServiceClient struct {
 	createSnapshot  *connect.Client[v1.CreateSnapshotRequest, v1.CreateSnapshotResponse]
 	createGroup     *connect.Client[v1.CreateGroupRequest, v1.CreateGroupResponse]
+	restoreGroup    *connect.Client[v1.RestoreGroupRequest, v1.RestoreGroupResponse]
 	planSnapshot    *connect.Client[v1.CreateSnapshotRequest, v1.PlanSnapshotResponse]
 	listSnapshots   *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
 	getSnapshot     *connect.Client[v1.GetSnapshotRequest, v1.GetSnapshotResponse]
@@ -618,6 +631,11 @@ func (c *snapshotServiceClient) CreateSnapshot(ctx context.Context, req *connect
 // CreateGroup calls vmsnap.v1.SnapshotService.CreateGroup.
 func (c *snapshotServiceClient) CreateGroup(ctx context.Context, req *connect.Request[v1.CreateGroupRequest]) (*connect.Response[v1.CreateGroupResponse], error) {
 	return c.createGroup.CallUnary(ctx, req)
+}
+
+// RestoreGroup calls vmsnap.v1.SnapshotService.RestoreGroup.
+func (c *snapshotServiceClient) RestoreGroup(ctx context.Context, req *connect.Request[v1.RestoreGroupRequest]) (*connect.Response[v1.RestoreGroupResponse], error) {
+	return c.restoreGroup.CallUnary(ctx, req)
 }
 
 // PlanSnapshot calls vmsnap.v1.SnapshotService.PlanSnapshot.
@@ -712,6 +730,9 @@ type SnapshotServiceHandler interface {
 	// CreateGroup starts an operation that takes snapshots of several VMs at one
 	// time. Each VM has an operation of its own beside it.
 	CreateGroup(context.Context, *connect.Request[v1.CreateGroupRequest]) (*connect.Response[v1.CreateGroupResponse], error)
+	// RestoreGroup starts an operation that takes the disks of all VMs of a group
+	// back to its snapshots. Each VM has an operation of its own beside it.
+	RestoreGroup(context.Context, *connect.Request[v1.RestoreGroupRequest]) (*connect.Response[v1.RestoreGroupResponse], error)
 	// PlanSnapshot runs the preflight of CreateSnapshot and changes nothing.
 	PlanSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.PlanSnapshotResponse], error)
 	// ListSnapshots returns the newest first.
@@ -766,6 +787,12 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 		SnapshotServiceCreateGroupProcedure,
 		svc.CreateGroup,
 		connect.WithSchema(snapshotServiceMethods.ByName("CreateGroup")),
+		connect.WithHandlerOptions(opts...),
+	)
+	snapshotServiceRestoreGroupHandler := connect.NewUnaryHandler(
+		SnapshotServiceRestoreGroupProcedure,
+		svc.RestoreGroup,
+		connect.WithSchema(snapshotServiceMethods.ByName("RestoreGroup")),
 		connect.WithHandlerOptions(opts...),
 	)
 	snapshotServicePlanSnapshotHandler := connect.NewUnaryHandler(
@@ -882,6 +909,8 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 			snapshotServiceCreateSnapshotHandler.ServeHTTP(w, r)
 		case SnapshotServiceCreateGroupProcedure:
 			snapshotServiceCreateGroupHandler.ServeHTTP(w, r)
+		case SnapshotServiceRestoreGroupProcedure:
+			snapshotServiceRestoreGroupHandler.ServeHTTP(w, r)
 		case SnapshotServicePlanSnapshotProcedure:
 			snapshotServicePlanSnapshotHandler.ServeHTTP(w, r)
 		case SnapshotServiceListSnapshotsProcedure:
@@ -931,6 +960,10 @@ func (UnimplementedSnapshotServiceHandler) CreateSnapshot(context.Context, *conn
 
 func (UnimplementedSnapshotServiceHandler) CreateGroup(context.Context, *connect.Request[v1.CreateGroupRequest]) (*connect.Response[v1.CreateGroupResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.CreateGroup is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) RestoreGroup(context.Context, *connect.Request[v1.RestoreGroupRequest]) (*connect.Response[v1.RestoreGroupResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.RestoreGroup is not implemented"))
 }
 
 func (UnimplementedSnapshotServiceHandler) PlanSnapshot(context.Context, *connect.Request[v1.CreateSnapshotRequest]) (*connect.Response[v1.PlanSnapshotResponse], error) {

@@ -17,6 +17,7 @@ import (
 const (
 	DefaultEventKeep   = 100_000
 	DefaultEventMaxAge = 90 * 24 * time.Hour
+	EventsSpared       = 1000 // of the last, however old they seem: the clock may have jumped
 )
 
 // pruneInterval is how often events that are too old or too many are forgotten.
@@ -200,7 +201,7 @@ func (a *Agent) keepEvents(ctx context.Context) {
 	regularly := time.NewTicker(pruneInterval)
 	defer regularly.Stop()
 	for {
-		if err := a.catalog.PruneEvents(ctx, keep, time.Now().Add(-age)); err != nil && ctx.Err() == nil {
+		if err := a.catalog.PruneEvents(ctx, keep, EventsSpared, time.Now().Add(-age)); err != nil && ctx.Err() == nil {
 			a.log.Warn("old events are kept", "error", err)
 		}
 		select {

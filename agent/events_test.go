@@ -96,7 +96,7 @@ func TestWatchEvents(t *testing.T) {
 	addEvents(t, a, event.VMStarted, event.VMStarted)
 	wantNext(t, all, "6", "7")
 	wantNext(t, now, "6", "7")
-	if err := a.catalog.PruneEvents(t.Context(), 1, time.Time{}); err != nil {
+	if err := a.catalog.PruneEvents(t.Context(), 1, 0, time.Time{}); err != nil {
 		t.Fatal(err)
 	}
 	wantNext(t, watched(ctx, a, EventFilter{Since: number(2)}), "stands", "gap 3-6", "7")
@@ -119,7 +119,7 @@ func TestFilteredEventsAreNoGap(t *testing.T) {
 	if err != nil || len(news) != 1 || f.Since != 4 {
 		t.Errorf("%+v, %d, %v", news, f.Since, err)
 	}
-	if err := a.catalog.PruneEvents(t.Context(), 1, time.Time{}); err != nil {
+	if err := a.catalog.PruneEvents(t.Context(), 1, 0, time.Time{}); err != nil {
 		t.Fatal(err)
 	}
 	if news, err := a.eventsAfter(t.Context(), &f); err != nil || len(news) != 0 {
@@ -171,7 +171,7 @@ func TestWatchersMissNothing(t *testing.T) {
 		}
 		cancel()
 		if since%5 == 0 {
-			if err := a.catalog.PruneEvents(t.Context(), 50, time.Time{}); err != nil {
+			if err := a.catalog.PruneEvents(t.Context(), 50, 0, time.Time{}); err != nil {
 				t.Fatal(err)
 			}
 		}

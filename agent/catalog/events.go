@@ -119,15 +119,17 @@ func (r reader) EventBounds(ctx context.Context) (event.Bounds, error) {
 }
 
 // PruneEvents forgets the oldest events: all but the last so many, and those
-// before a time up to the first that is not.
-func (c *Catalog) PruneEvents(ctx context.Context, keep int, before time.Time) error {
+// before a time up to the first that is not. The last ones are spared, however
+// old they seem: the clock may have jumped.
+func (c *Catalog) PruneEvents(ctx context.Context, keep, spared int, before time.Time) error {
 	return c.Update(ctx, func(tx *Tx) error {
 		b, err := tx.EventBounds(ctx)
 		if err != nil {
 			return err
 		}
-		_, err = tx.exec(ctx, `DELETE FROM events WHERE seq <= ?1 OR seq < ifnull((SELECT min(seq) FROM events WHERE time >= ?2), ?3)`,
-			int64(b.Last)-int64(keep), nanos(before), int64(b.Last)+1)
+		_, err = tx.exec(ctx, `DELETE FROM events WHERE seq <= ?1
+			OR seq <= ?4 AND seq < ifnull((SELECT min(seq) FROM events WHERE time >= ?2), ?3)`,
+			int64(b.Last)-int64(keep), nanos(before), int64(b.Last)+1, int64(b.Last)-int64(spared))
 		return err
 	})
 }

@@ -126,13 +126,13 @@ func TestPruneEvents(t *testing.T) {
 		}
 	}
 	at(0, 1, 9, 2, 3) // the third had a clock that was ahead
-	check(t, c.PruneEvents(ctx, 100, epoch))
+	check(t, c.PruneEvents(ctx, 100, 0, epoch))
 	same(t, "young enough", bounds(), event.Bounds{First: 1, Last: 5})
-	check(t, c.PruneEvents(ctx, 100, epoch.Add(3*time.Hour)))
+	check(t, c.PruneEvents(ctx, 100, 0, epoch.Add(3*time.Hour)))
 	same(t, "up to the first that is young", bounds(), event.Bounds{First: 3, Last: 5})
-	check(t, c.PruneEvents(ctx, 2, epoch))
+	check(t, c.PruneEvents(ctx, 2, 0, epoch))
 	same(t, "by count", bounds(), event.Bounds{First: 4, Last: 5})
-	check(t, c.PruneEvents(ctx, 2, epoch.Add(100*time.Hour)))
+	check(t, c.PruneEvents(ctx, 2, 0, epoch.Add(100*time.Hour)))
 	same(t, "all", bounds(), event.Bounds{First: 6, Last: 5})
 	at(4)
 	same(t, "no number comes again", bounds(), event.Bounds{First: 6, Last: 6})

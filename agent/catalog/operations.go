@@ -70,7 +70,7 @@ func (tx *Tx) createOperation(ctx context.Context, rec op.Record) error {
 	n, err := tx.exec(ctx, `
 		INSERT INTO requests (uid, request_id, operation, created) VALUES (?, ?, ?, ?)
 		ON CONFLICT (uid, request_id) DO UPDATE SET operation = excluded.operation, created = excluded.created
-			WHERE created < ?`,
+			WHERE created < ? AND operation NOT IN (SELECT id FROM operations WHERE ended = 0)`,
 		rec.UID, rec.RequestID, rec.ID, nanos(now), nanos(now.Add(-op.RequestRetention)))
 	if err == nil && n == 0 {
 		err = fault.New(fault.Exists, "request id %q of user %d is taken", rec.RequestID, rec.UID)
@@ -150,29 +150,33 @@ func (r reader) Operations(ctx context.Context, f op.Filter) ([]op.Record, error
 }
 
 // OperationByRequest returns the operation that a user started under a request
-// id within op.RequestRetention, if there is one.
+// id within op.RequestRetention, if there is one. That of one that has not ended
+// stands whatever the clock says.
 func (r reader) OperationByRequest(ctx context.Context, uid uint32, requestID string) (op.Record, bool, error) {
 	return queryOne(ctx, r, scanOperation, selectOperation+` WHERE id =
-		(SELECT operation FROM requests WHERE uid = ? AND request_id = ? AND created >= ?)`,
+		(SELECT operation FROM requests WHERE uid = ? AND request_id = ?
+			AND (created >= ? OR operation IN (SELECT id FROM operations WHERE ended = 0)))`,
 		uid, requestID, nanos(r.now().Add(-op.RequestRetention)))
 }
 
 // Purge forgets the request ids that are older than op.RequestRetention, and the
-// operations that have ended and that op.OperationRetention and
-// op.OperationsKept do not keep.
+// operations that have ended and that op.OperationRetention, op.OperationsSpared
+// and op.OperationsKept do not keep.
 func (c *Catalog) Purge(ctx context.Context) error {
-	return c.purge(ctx, op.OperationsKept)
+	return c.purge(ctx, op.OperationsKept, op.OperationsSpared)
 }
 
-func (c *Catalog) purge(ctx context.Context, kept int) error {
+func (c *Catalog) purge(ctx context.Context, kept, spared int) error {
 	return c.Update(ctx, func(tx *Tx) error {
-		_, err := tx.exec(ctx, "DELETE FROM requests WHERE created < ?", nanos(tx.now().Add(-op.RequestRetention)))
+		_, err := tx.exec(ctx, `DELETE FROM requests WHERE created < ?
+			AND operation NOT IN (SELECT id FROM operations WHERE ended = 0)`, nanos(tx.now().Add(-op.RequestRetention)))
 		if err != nil {
 			return err
 		}
 		_, err = tx.exec(ctx, `DELETE FROM operations WHERE ended <> 0 AND id NOT IN (SELECT operation FROM requests)
-			AND (ended < ? OR seq <= (SELECT seq FROM operations ORDER BY seq DESC LIMIT 1 OFFSET ?))`,
-			nanos(tx.now().Add(-op.OperationRetention)), kept)
+			AND (ended < ? AND seq <= (SELECT seq FROM operations ORDER BY seq DESC LIMIT 1 OFFSET ?)
+				OR seq <= (SELECT seq FROM operations ORDER BY seq DESC LIMIT 1 OFFSET ?))`,
+			nanos(tx.now().Add(-op.OperationRetention)), spared, kept)
 		return err
 	})
 }

@@ -84,7 +84,12 @@ func TestRequestIDs(t *testing.T) {
 	now := epoch
 	c.now = func() time.Time { return now }
 	create := func(id string, uid uint32, key string) error {
-		return c.CreateOperation(ctx, op.Record{ID: id, UID: uid, RequestID: key, Created: now})
+		rec := op.Record{ID: id, UID: uid, RequestID: key, Created: now}
+		if err := c.CreateOperation(ctx, rec); err != nil {
+			return err
+		}
+		rec.State, rec.Ended = op.Succeeded, now
+		return c.UpdateOperation(ctx, rec)
 	}
 	find := func(uid uint32, key string) string {
 		t.Helper()
@@ -151,15 +156,15 @@ func TestOperationsArePurged(t *testing.T) {
 	create("older", "", epoch.Add(-time.Nanosecond))
 	now = epoch.Add(op.OperationRetention)
 	create("asked", "key", epoch.Add(-time.Hour))
-	check(t, c.Purge(ctx))
+	check(t, c.purge(ctx, op.OperationsKept, 1))
 	same(t, "by age", left(), []string{"asked", "old", "running"})
 	for _, id := range []string{"a", "b", "c"} {
 		create(id, "", now)
 	}
-	check(t, c.purge(ctx, 2))
+	check(t, c.purge(ctx, 2, 0))
 	same(t, "by number", left(), []string{"c", "b", "asked", "running"})
 	now = now.Add(op.RequestRetention + 1)
-	check(t, c.purge(ctx, 2))
+	check(t, c.purge(ctx, 2, 0))
 	same(t, "without its request id", left(), []string{"c", "b", "running"})
 }
 

@@ -30,15 +30,18 @@ type Store interface {
 	Journal(ctx context.Context, operation string) ([]Entry, error)
 }
 
-// RequestRetention is how long a request id stands for its operation.
+// RequestRetention is how long a request id stands for its operation. While that
+// has not ended it does in any case.
 const RequestRetention = 30 * 24 * time.Hour
 
 // OperationRetention is how long an operation is kept after its end, and
 // OperationsKept how many are. One whose request id still stands for it is kept
-// in any case.
+// in any case, and the last OperationsSpared are however old they seem: the clock
+// may have jumped.
 const (
 	OperationRetention = 90 * 24 * time.Hour
 	OperationsKept     = 10000
+	OperationsSpared   = 1000
 )
 
 // Filter chooses operations.

@@ -132,6 +132,9 @@ func (c *cut) commit(ctx context.Context) error {
 	if c.memory != nil {
 		s.Memory = c.memory.saved
 	}
+	if c.req.ExpireAfter > 0 {
+		s.Expires = c.cutAt.Add(c.req.ExpireAfter)
+	}
 	unfit := c.req.Quiesce == QuiesceRequire && s.Consistency == catalog.Crash
 	layers, disks, err := c.entries(ctx, &s)
 	if err != nil {

@@ -172,6 +172,8 @@ func checkMemory(req SnapshotRequest) error {
 	case !req.Memory && (req.Strategy != "" || req.MaxPause != 0 || req.Compress):
 		return fault.New(fault.Usage, "a strategy, a longest pause or compression is given, but no memory is to be saved").
 			WithHint("add --memory")
+	case req.ExpireAfter < 0:
+		return fault.New(fault.Usage, "a snapshot that expires after %s: it must be more than zero", req.ExpireAfter)
 	case req.MaxPause < 0:
 		return fault.New(fault.Usage, "a longest pause of %s: it must be more than zero", req.MaxPause)
 	}

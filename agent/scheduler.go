@@ -26,12 +26,15 @@ type scheduler struct {
 
 	mu      sync.Mutex
 	pending map[pendingKey]bool // runs that wait for their VM
+
+	expiring sync.Mutex           // held while snapshots are deleted whose time has come
+	notYet   map[string]time.Time // when to try again, by the ids of those that could not be deleted
 }
 
 type pendingKey struct{ schedule, vm string }
 
 func newScheduler() *scheduler {
-	return &scheduler{changed: make(chan struct{}, 1), pending: map[pendingKey]bool{}}
+	return &scheduler{changed: make(chan struct{}, 1), pending: map[pendingKey]bool{}, notYet: map[string]time.Time{}}
 }
 
 // wake makes the scheduler look again.
@@ -68,9 +71,15 @@ func (a *Agent) followSchedules(ctx context.Context) {
 		if err != nil && ctx.Err() == nil {
 			a.log.Error("the schedules cannot be looked at", "error", err)
 		}
+		expires, err := a.expireDue(ctx)
+		if err != nil && ctx.Err() == nil {
+			a.log.Error("what expires cannot be looked at", "error", err)
+		}
 		wait := lookInterval
-		if !next.IsZero() {
-			wait = min(wait, max(next.Sub(a.clock()), 0))
+		for _, at := range []time.Time{next, expires} {
+			if !at.IsZero() {
+				wait = min(wait, max(at.Sub(a.clock()), 0))
+			}
 		}
 		timer := time.NewTimer(wait)
 		select {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -78,8 +79,12 @@ func (h *scheduledHost) create(ctx context.Context, req SnapshotRequest) (op.Rec
 			return context.Cause(ctx)
 		}
 		o.SetSnapshot(o.ID())
+		var expires time.Time
+		if req.ExpireAfter > 0 {
+			expires = h.clock().Add(req.ExpireAfter)
+		}
 		return h.catalog.CommitSnapshot(ctx, catalog.Commit{Snapshot: catalog.Snapshot{
-			ID: o.ID(), VMID: v.id, VMName: v.name(), Name: req.Name, Labels: req.Labels, Created: h.clock(), Operation: o.ID(),
+			Expires: expires, ID: o.ID(), VMID: v.id, VMName: v.name(), Name: req.Name, Labels: req.Labels, Created: h.clock(), Operation: o.ID(),
 		}})
 	})
 }
@@ -400,6 +405,79 @@ func TestScheduleRetention(t *testing.T) {
 		view, err := h.Schedule(t.Context(), "kept")
 		if err != nil || len(view.VMs[0].Verdicts) != 5 || view.VMs[0].Verdicts[4].Reasons[0] != "it has the label keep" {
 			t.Errorf("%+v, %v", view, err)
+		}
+		h.stop()
+	})
+}
+
+// refusesOnce refuses the first deletion of each snapshot.
+type refusesOnce struct {
+	deletes
+	asked map[string][]time.Time
+}
+
+func (r refusesOnce) DeleteSnapshot(ctx context.Context, id string, uid uint32) (op.Record, error) {
+	r.asked[id] = append(r.asked[id], time.Now())
+	if len(r.asked[id]) == 1 {
+		return op.Record{}, fault.New(fault.HasDependants, "clones lie on it")
+	}
+	return r.deletes.DeleteSnapshot(ctx, id, uid)
+}
+
+// TestExpiry has snapshots that are deleted by themselves: one whose time comes,
+// one that is kept by its label, and one whose time is years off. The first
+// attempt fails.
+func TestExpiry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newScheduledHost(t, t.TempDir(), "web")
+		deleter := refusesOnce{deletes{h}, map[string][]time.Time{}}
+		h.deleter = deleter
+		h.start()
+		for name, req := range map[string]SnapshotRequest{
+			"hour":  {ExpireAfter: time.Hour},
+			"kept":  {ExpireAfter: time.Hour, Labels: map[string]string{"keep": ""}},
+			"years": {ExpireAfter: 5 * 365 * 24 * time.Hour},
+			"never": {},
+		} {
+			req.VM, req.Name = "web", name
+			rec, err := h.create(t.Context(), req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := h.ops.Wait(t.Context(), rec.ID); err != nil {
+				t.Fatal(err)
+			}
+		}
+		began := time.Now()
+		names := func() (all []string) {
+			snapshots, err := h.catalog.Snapshots(t.Context(), "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, s := range snapshots {
+				all = append(all, s.Name)
+			}
+			slices.Sort(all)
+			return all
+		}
+		time.Sleep(59 * time.Minute)
+		synctest.Wait()
+		if len(names()) != 4 || len(deleter.asked) > 0 {
+			t.Errorf("too early: %q", names())
+		}
+		time.Sleep(15 * time.Minute)
+		synctest.Wait()
+		if diff := cmp.Diff([]string{"kept", "never", "years"}, names()); diff != "" {
+			t.Error(diff)
+		}
+		for id, asked := range deleter.asked {
+			first, second := asked[0].Sub(began), asked[1].Sub(asked[0])
+			if len(asked) != 2 || first > time.Hour+lookInterval || second < expiryRetry || second > expiryRetry+lookInterval {
+				t.Errorf("%s: asked after %s, and %s later", id, first, second)
+			}
+		}
+		if len(deleter.asked) != 1 {
+			t.Errorf("%d were to be deleted", len(deleter.asked))
 		}
 		h.stop()
 	})

@@ -277,7 +277,7 @@ func (a *Agent) verdicts(ctx context.Context, s catalog.Schedule, rule *schedule
 		if !ours[snapshot.Operation] {
 			continue
 		}
-		p := schedule.Point{ID: snapshot.ID, Name: snapshot.Name, Time: snapshot.Created, Size: a.takenSpace(ctx, snapshot)}
+		p := schedule.Point{ID: snapshot.ID, Name: snapshot.Name, Time: snapshot.Created, Size: a.takenSpace(ctx, snapshot), Expires: snapshot.Expires}
 		if _, kept := snapshot.Labels[keepLabel]; kept {
 			p.Protected = "it has the label " + keepLabel
 		}

@@ -136,9 +136,10 @@ type SnapshotRequest struct {
 	Strategy      MemoryStrategy // chosen when empty
 	MaxPause      time.Duration  // 0: no limit
 	Compress      bool
-	Profile       string // fills in what the others leave open; none when empty
-	RequestID     string `json:"-"`
-	UID           uint32 `json:"-"`
+	ExpireAfter   time.Duration // it is deleted by itself so long after its cut; 0: never
+	Profile       string        // fills in what the others leave open; none when empty
+	RequestID     string        `json:"-"`
+	UID           uint32        `json:"-"`
 
 	Group *Group `json:",omitempty"` // that it is a part of
 

@@ -12,7 +12,7 @@ import (
 
 const snapshotColumns = `id, vm, vm_name, name, description, labels, created, consistency,
 	quiesce_requested, quiesce_reason, quiesce_frozen, quiesce_total, freeze_window,
-	warnings, operation, config, partial, memory, automatic, group_cut, template, state`
+	warnings, operation, config, partial, memory, automatic, group_cut, template, state, expires`
 
 // selectSnapshot selects snapshotColumns and the disks as JSON, so that one
 // statement tells a snapshot whole.
@@ -26,7 +26,8 @@ func scanSnapshot(row scanner) (Snapshot, error) {
 	var s Snapshot
 	err := row.Scan(&s.ID, &s.VMID, &s.VMName, &s.Name, &s.Description, jsonColumn{&s.Labels}, timeColumn{&s.Created}, &s.Consistency,
 		&s.Quiesce.Requested, &s.Quiesce.Reason, &s.Quiesce.Frozen, &s.Quiesce.Total, &s.Quiesce.Window,
-		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, &s.Automatic, jsonColumn{&s.Group}, &s.Template, &s.State, diskColumn{&s.Disks})
+		jsonColumn{&s.Warnings}, &s.Operation, rawColumn{&s.Config}, &s.Partial, jsonColumn{&s.Memory}, &s.Automatic, jsonColumn{&s.Group}, &s.Template, &s.State,
+		timeColumn{&s.Expires}, diskColumn{&s.Disks})
 	return s, err
 }
 
@@ -110,10 +111,10 @@ func (tx *Tx) insertSnapshot(ctx context.Context, s Snapshot) error {
 	if err != nil {
 		return err
 	}
-	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+	_, err = tx.exec(ctx, `INSERT INTO snapshots (`+snapshotColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		s.ID, s.VMID, s.VMName, s.Name, s.Description, labels, nanos(s.Created), s.Consistency,
 		s.Quiesce.Requested, s.Quiesce.Reason, s.Quiesce.Frozen, s.Quiesce.Total, int64(s.Quiesce.Window),
-		warnings, s.Operation, string(s.Config), s.Partial, memory, s.Automatic, group, s.Template, cmp.Or(s.State, PointValid))
+		warnings, s.Operation, string(s.Config), s.Partial, memory, s.Automatic, group, s.Template, cmp.Or(s.State, PointValid), nanos(s.Expires))
 	if err != nil {
 		return err
 	}
@@ -162,6 +163,12 @@ func (r reader) Snapshots(ctx context.Context, vmID string) ([]Snapshot, error) 
 		return query(ctx, r, scanSnapshot, selectSnapshot+" ORDER BY created DESC, seq DESC")
 	}
 	return query(ctx, r, scanSnapshot, selectSnapshot+" WHERE vm = ? ORDER BY created DESC, seq DESC", vmID)
+}
+
+// Expiring returns the snapshots that are to be deleted by themselves, those whose
+// time comes first before the others.
+func (r reader) Expiring(ctx context.Context) ([]Snapshot, error) {
+	return query(ctx, r, scanSnapshot, selectSnapshot+" WHERE expires > 0 ORDER BY expires, seq")
 }
 
 // CountSnapshots returns how many snapshots a VM has.

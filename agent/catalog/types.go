@@ -93,6 +93,7 @@ type Snapshot struct {
 	Group       *GroupCut       // nil when it was taken by itself
 	Automatic   bool            // taken by a restore, of the state before
 	Template    bool            // it is not to be deleted
+	Expires     time.Time       // when it is to be deleted by itself; zero: never
 	State       PointState      // PointValid when it is recorded without one
 }
 

@@ -207,6 +207,7 @@ func snapshotProto(s agent.SnapshotView) *vmsnapv1.Snapshot {
 		Automatic:   s.Automatic,
 		State:       pointStates[s.State],
 		Template:    s.Template,
+		Expires:     stamp(s.Expires),
 		Clones:      each(s.Clones, cloneProto),
 		Space:       snapshotSpaceProto(s.Space),
 		Position:    positionProto(s.Position),

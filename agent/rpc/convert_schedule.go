@@ -193,7 +193,8 @@ func optionsProto(r agent.SnapshotRequest) *vmsnapv1.CreateSnapshotRequest {
 		Description: text(r.Description), Disks: each(r.Disks, text), Exclude: each(r.Exclude, text), Quiesce: requested[string(r.Quiesce)],
 		Mountpoints: each(r.Mountpoints, text), FreezeTimeout: span(r.FreezeTimeout), Lease: span(r.Lease), Strict: r.Strict,
 		AllowPartial: r.AllowPartial, Memory: r.Memory, MemoryStrategy: strategies[r.Strategy], MaxPause: span(r.MaxPause), Compress: r.Compress,
-		Profile: text(r.Profile),
+		ExpireAfter: span(r.ExpireAfter),
+		Profile:     text(r.Profile),
 	}
 	if len(r.Labels) > 0 {
 		out.Labels = make(map[string]string, len(r.Labels))

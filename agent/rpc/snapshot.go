@@ -60,6 +60,7 @@ func snapshotRequest(ctx context.Context, msg *vmsnapv1.CreateSnapshotRequest) (
 		Memory:        msg.GetMemory(),
 		Strategy:      strategyOf(msg.GetMemoryStrategy()),
 		MaxPause:      msg.GetMaxPause().AsDuration(),
+		ExpireAfter:   msg.GetExpireAfter().AsDuration(),
 		Compress:      msg.GetCompress(),
 		Profile:       msg.GetProfile(),
 		RequestID:     msg.GetRequestId(),

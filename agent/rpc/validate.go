@@ -93,6 +93,14 @@ func checkLabels(labels map[string]string) error {
 	return nil
 }
 
+// checkAge checks a duration that may be years.
+func checkAge(field string, d *durationpb.Duration) error {
+	if d != nil && (d.CheckValid() != nil || d.AsDuration() <= 0) {
+		return usage("%s is not a duration of more than zero", field)
+	}
+	return nil
+}
+
 // checkDuration checks an optional duration; absent and zero mean the default.
 func checkDuration(field string, d *durationpb.Duration) error {
 	switch {
@@ -139,6 +147,7 @@ func checkCreate(msg *vmsnapv1.CreateSnapshotRequest) error {
 		checkDuration("freeze_timeout", msg.GetFreezeTimeout()),
 		checkDuration("lease", msg.GetLease()),
 		checkDuration("max_pause", msg.GetMaxPause()),
+		checkAge("expire_after", msg.GetExpireAfter()),
 		checkLength("profile", msg.GetProfile(), maxName),
 		checkLength("request_id", msg.GetRequestId(), maxRequestID),
 	)

@@ -101,6 +101,7 @@ type creation struct {
 	labels         []string
 	strategy       strategy
 	maxPause       time.Duration
+	expireAfter    string
 	dryRun, detach bool
 }
 
@@ -161,6 +162,7 @@ func (c *creation) options(a *app, cmd *cobra.Command) {
 	flags.Var(&c.quiesce, "quiesce", "freeze the guest: require, prefer or none (default prefer, with --memory none)")
 	flags.BoolVar(&c.req.Memory, "memory", false, "save the guest's memory too")
 	flags.Var(&c.strategy, "memory-strategy", "how to save it: background, precopy or stopped (default: the best that works)")
+	flags.StringVar(&c.expireAfter, "expire-after", "", "delete the snapshot when it is of this `age`, such as 7d or 12h")
 	flags.DurationVar(&c.maxPause, "max-pause", 0, "refuse if the guest would stand still for longer, warn if it did")
 	flags.BoolVar(&c.req.Compress, "compress", false, "compress the memory once it is saved")
 	flags.StringVar(&c.req.Description, "description", "", "what the snapshot is for")
@@ -205,6 +207,10 @@ func (c *creation) take(cmd *cobra.Command) error {
 	if cmd.Flags().Changed("max-pause") && c.maxPause <= 0 {
 		return usage(cmd, "--max-pause must be more than zero")
 	}
+	expireAfter, err := parseAge(c.expireAfter)
+	if err != nil || cmd.Flags().Changed("expire-after") && expireAfter <= 0 {
+		return usage(cmd, "--expire-after: %q is not an age such as 7d or 12h", c.expireAfter)
+	}
 	labels, err := parseLabels(cmd, c.labels)
 	if err != nil {
 		return err
@@ -213,6 +219,7 @@ func (c *creation) take(cmd *cobra.Command) error {
 	c.req.Quiesce = quiesces[c.quiesce]
 	c.req.MemoryStrategy = strategies[c.strategy]
 	c.req.MaxPause = optional(c.maxPause)
+	c.req.ExpireAfter = optional(expireAfter)
 	c.req.Mountpoints = c.freezing.mountpoints
 	c.req.FreezeTimeout = optional(c.freezing.timeout)
 	c.req.Lease = optional(c.freezing.lease)

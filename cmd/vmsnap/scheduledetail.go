@@ -79,6 +79,7 @@ func optionsText(o *vmsnapv1.CreateSnapshotRequest) string {
 	add(o.GetQuiesce() != vmsnapv1.Quiesce_QUIESCE_UNSPECIFIED, "quiesce %s", word(o.GetQuiesce()))
 	add(o.GetMemory(), "with memory")
 	add(o.GetMaxPause() != nil, "max. pause %s", o.GetMaxPause().AsDuration())
+	add(o.GetExpireAfter() != nil, "expire after %s", o.GetExpireAfter().AsDuration())
 	add(o.GetStrict(), "strict")
 	add(o.GetAllowPartial(), "allow partial")
 	add(len(o.GetLabels()) > 0, "labels %s", labelsText(o.GetLabels()))

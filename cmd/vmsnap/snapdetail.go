@@ -25,6 +25,7 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 		"Consistency", word(s.GetConsistency()),
 		"State", stateText(s.GetState()),
 		"Partial", partial,
+		"Expires", p.when(s.GetExpires()),
 		"Template", templateText(s.GetTemplate()),
 		"Parent", s.GetPosition().GetParentId(),
 		"Group", groupText(s.GetGroup()),

@@ -1012,7 +1012,9 @@ type CreateSnapshotRequest struct {
 	Compress bool `protobuf:"varint,17,opt,name=compress,proto3" json:"compress,omitempty"`
 	// A set of options that vmsnapd is configured with. It fills in what this
 	// request leaves open. Empty: none.
-	Profile       string `protobuf:"bytes,18,opt,name=profile,proto3" json:"profile,omitempty"`
+	Profile string `protobuf:"bytes,18,opt,name=profile,proto3" json:"profile,omitempty"`
+	// Delete the snapshot so long after its cut. Absent: never.
+	ExpireAfter   *durationpb.Duration `protobuf:"bytes,19,opt,name=expire_after,json=expireAfter,proto3" json:"expire_after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1171,6 +1173,13 @@ func (x *CreateSnapshotRequest) GetProfile() string {
 		return x.Profile
 	}
 	return ""
+}
+
+func (x *CreateSnapshotRequest) GetExpireAfter() *durationpb.Duration {
+	if x != nil {
+		return x.ExpireAfter
+	}
+	return nil
 }
 
 type CreateSnapshotResponse struct {
@@ -2696,7 +2705,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x0eThawVMResponse\x12\x1d\n" +
 	"\n" +
 	"was_frozen\x18\x01 \x01(\bR\twasFrozen\x12>\n" +
-	"\rfreeze_window\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\"\xf7\x05\n" +
+	"\rfreeze_window\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\"\xb5\x06\n" +
 	"\x15CreateSnapshotRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
@@ -2717,7 +2726,8 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x0fmemory_strategy\x18\x0f \x01(\x0e2\x19.vmsnap.v1.MemoryStrategyR\x0ememoryStrategy\x126\n" +
 	"\tmax_pause\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\bmaxPause\x12\x1a\n" +
 	"\bcompress\x18\x11 \x01(\bR\bcompress\x12\x18\n" +
-	"\aprofile\x18\x12 \x01(\tR\aprofile\x1a9\n" +
+	"\aprofile\x18\x12 \x01(\tR\aprofile\x12<\n" +
+	"\fexpire_after\x18\x13 \x01(\v2\x19.google.protobuf.DurationR\vexpireAfter\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"L\n" +
@@ -2970,104 +2980,105 @@ var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	49, // 12: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
 	52, // 13: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
 	49, // 14: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
-	53, // 15: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	49, // 16: vmsnap.v1.CreateGroupRequest.max_skew:type_name -> google.protobuf.Duration
-	18, // 17: vmsnap.v1.CreateGroupRequest.options:type_name -> vmsnap.v1.CreateSnapshotRequest
-	53, // 18: vmsnap.v1.CreateGroupResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 19: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	25, // 20: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
-	27, // 21: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
-	54, // 22: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
-	55, // 23: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
-	56, // 24: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
-	49, // 25: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
-	26, // 26: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
-	52, // 27: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	49, // 28: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
-	49, // 29: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
-	47, // 30: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	57, // 31: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
-	57, // 32: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	57, // 33: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	53, // 34: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
-	53, // 35: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 36: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 37: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 38: vmsnap.v1.PauseOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 39: vmsnap.v1.ResumeOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	0,  // 40: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
-	2,  // 41: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
-	12, // 42: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
-	14, // 43: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
-	16, // 44: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
-	5,  // 45: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
-	7,  // 46: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
-	9,  // 47: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
-	18, // 48: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	20, // 49: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
-	58, // 50: vmsnap.v1.SnapshotService.RestoreGroup:input_type -> vmsnap.v1.RestoreGroupRequest
-	18, // 51: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	28, // 52: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
-	30, // 53: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
-	32, // 54: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
-	22, // 55: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
-	59, // 56: vmsnap.v1.SnapshotService.DeleteSnapshots:input_type -> vmsnap.v1.DeleteSnapshotsRequest
-	59, // 57: vmsnap.v1.SnapshotService.PlanDelete:input_type -> vmsnap.v1.DeleteSnapshotsRequest
-	60, // 58: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	61, // 59: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
-	62, // 60: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
-	63, // 61: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
-	64, // 62: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
-	60, // 63: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	65, // 64: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
-	66, // 65: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
-	67, // 66: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
-	68, // 67: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
-	34, // 68: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	36, // 69: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	38, // 70: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	40, // 71: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	42, // 72: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
-	44, // 73: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
-	1,  // 74: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 75: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	13, // 76: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	15, // 77: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	17, // 78: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	6,  // 79: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 80: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	10, // 81: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
-	19, // 82: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	21, // 83: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
-	69, // 84: vmsnap.v1.SnapshotService.RestoreGroup:output_type -> vmsnap.v1.RestoreGroupResponse
-	24, // 85: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	29, // 86: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	31, // 87: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	33, // 88: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	23, // 89: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	70, // 90: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
-	71, // 91: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
-	72, // 92: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	73, // 93: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
-	74, // 94: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
-	75, // 95: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
-	76, // 96: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
-	77, // 97: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	78, // 98: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	79, // 99: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
-	80, // 100: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
-	81, // 101: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
-	35, // 102: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	37, // 103: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	39, // 104: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	41, // 105: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	43, // 106: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
-	45, // 107: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
-	74, // [74:108] is the sub-list for method output_type
-	40, // [40:74] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	49, // 15: vmsnap.v1.CreateSnapshotRequest.expire_after:type_name -> google.protobuf.Duration
+	53, // 16: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	49, // 17: vmsnap.v1.CreateGroupRequest.max_skew:type_name -> google.protobuf.Duration
+	18, // 18: vmsnap.v1.CreateGroupRequest.options:type_name -> vmsnap.v1.CreateSnapshotRequest
+	53, // 19: vmsnap.v1.CreateGroupResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 20: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	25, // 21: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
+	27, // 22: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
+	54, // 23: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
+	55, // 24: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
+	56, // 25: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
+	49, // 26: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
+	26, // 27: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
+	52, // 28: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	49, // 29: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
+	49, // 30: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
+	47, // 31: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	57, // 32: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
+	57, // 33: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	57, // 34: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	53, // 35: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
+	53, // 36: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 37: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 38: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 39: vmsnap.v1.PauseOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 40: vmsnap.v1.ResumeOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	0,  // 41: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
+	2,  // 42: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
+	12, // 43: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
+	14, // 44: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
+	16, // 45: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
+	5,  // 46: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
+	7,  // 47: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
+	9,  // 48: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
+	18, // 49: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	20, // 50: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
+	58, // 51: vmsnap.v1.SnapshotService.RestoreGroup:input_type -> vmsnap.v1.RestoreGroupRequest
+	18, // 52: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	28, // 53: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
+	30, // 54: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
+	32, // 55: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
+	22, // 56: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
+	59, // 57: vmsnap.v1.SnapshotService.DeleteSnapshots:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	59, // 58: vmsnap.v1.SnapshotService.PlanDelete:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	60, // 59: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	61, // 60: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
+	62, // 61: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
+	63, // 62: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
+	64, // 63: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
+	60, // 64: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	65, // 65: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
+	66, // 66: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
+	67, // 67: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
+	68, // 68: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
+	34, // 69: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	36, // 70: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	38, // 71: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	40, // 72: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	42, // 73: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
+	44, // 74: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
+	1,  // 75: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 76: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	13, // 77: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	15, // 78: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	17, // 79: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	6,  // 80: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 81: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	10, // 82: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
+	19, // 83: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	21, // 84: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
+	69, // 85: vmsnap.v1.SnapshotService.RestoreGroup:output_type -> vmsnap.v1.RestoreGroupResponse
+	24, // 86: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	29, // 87: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	31, // 88: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	33, // 89: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	23, // 90: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	70, // 91: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
+	71, // 92: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
+	72, // 93: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	73, // 94: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	74, // 95: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	75, // 96: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	76, // 97: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	77, // 98: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	78, // 99: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	79, // 100: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
+	80, // 101: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
+	81, // 102: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
+	35, // 103: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	37, // 104: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	39, // 105: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	41, // 106: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	43, // 107: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
+	45, // 108: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
+	75, // [75:109] is the sub-list for method output_type
+	41, // [41:75] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_services_proto_init() }

@@ -1550,7 +1550,9 @@ type Snapshot struct {
 	// Absent when it was taken by itself.
 	Group *GroupCut `protobuf:"bytes,19,opt,name=group,proto3" json:"group,omitempty"`
 	// Whether it can be restored.
-	State         PointState `protobuf:"varint,22,opt,name=state,proto3,enum=vmsnap.v1.PointState" json:"state,omitempty"`
+	State PointState `protobuf:"varint,22,opt,name=state,proto3,enum=vmsnap.v1.PointState" json:"state,omitempty"`
+	// When it is deleted by itself. Absent: never.
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,23,opt,name=expires,proto3" json:"expires,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1737,6 +1739,13 @@ func (x *Snapshot) GetState() PointState {
 		return x.State
 	}
 	return PointState_POINT_STATE_UNSPECIFIED
+}
+
+func (x *Snapshot) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
 }
 
 // Clone is an image that lies on a layer of a snapshot.
@@ -2831,7 +2840,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\x12\x18\n" +
 	"\amembers\x18\x03 \x01(\rR\amembers\x12-\n" +
-	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\"\xa7\a\n" +
+	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\"\xdd\a\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
 	"\x05vm_id\x18\x02 \x01(\tR\x04vmId\x12\x17\n" +
@@ -2855,7 +2864,8 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\bposition\x18\x10 \x01(\v2\x13.vmsnap.v1.PositionR\bposition\x12#\n" +
 	"\x04here\x18\x11 \x01(\v2\x0f.vmsnap.v1.HereR\x04here\x12)\n" +
 	"\x05group\x18\x13 \x01(\v2\x13.vmsnap.v1.GroupCutR\x05group\x12+\n" +
-	"\x05state\x18\x16 \x01(\x0e2\x15.vmsnap.v1.PointStateR\x05state\x1a9\n" +
+	"\x05state\x18\x16 \x01(\x0e2\x15.vmsnap.v1.PointStateR\x05state\x124\n" +
+	"\aexpires\x18\x17 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x98\x01\n" +
@@ -3082,31 +3092,32 @@ var file_vmsnap_v1_types_proto_depIdxs = []int32{
 	23, // 27: vmsnap.v1.Snapshot.here:type_name -> vmsnap.v1.Here
 	18, // 28: vmsnap.v1.Snapshot.group:type_name -> vmsnap.v1.GroupCut
 	5,  // 29: vmsnap.v1.Snapshot.state:type_name -> vmsnap.v1.PointState
-	32, // 30: vmsnap.v1.Clone.created:type_name -> google.protobuf.Timestamp
-	22, // 31: vmsnap.v1.Position.strays:type_name -> vmsnap.v1.Stray
-	22, // 32: vmsnap.v1.Here.strays:type_name -> vmsnap.v1.Stray
-	32, // 33: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
-	3,  // 34: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	33, // 35: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
-	33, // 36: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
-	2,  // 37: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
-	33, // 38: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
-	6,  // 39: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
-	30, // 40: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
-	29, // 41: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
-	9,  // 42: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
-	8,  // 43: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
-	32, // 44: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
-	32, // 45: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
-	32, // 46: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
-	32, // 47: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
-	32, // 48: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
-	33, // 49: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
-	50, // [50:50] is the sub-list for method output_type
-	50, // [50:50] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	32, // 30: vmsnap.v1.Snapshot.expires:type_name -> google.protobuf.Timestamp
+	32, // 31: vmsnap.v1.Clone.created:type_name -> google.protobuf.Timestamp
+	22, // 32: vmsnap.v1.Position.strays:type_name -> vmsnap.v1.Stray
+	22, // 33: vmsnap.v1.Here.strays:type_name -> vmsnap.v1.Stray
+	32, // 34: vmsnap.v1.SnapshotSpace.measured:type_name -> google.protobuf.Timestamp
+	3,  // 35: vmsnap.v1.SnapshotMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	33, // 36: vmsnap.v1.SnapshotMemory.pause:type_name -> google.protobuf.Duration
+	33, // 37: vmsnap.v1.SnapshotMemory.duration:type_name -> google.protobuf.Duration
+	2,  // 38: vmsnap.v1.QuiesceResult.requested:type_name -> vmsnap.v1.Quiesce
+	33, // 39: vmsnap.v1.QuiesceResult.freeze_window:type_name -> google.protobuf.Duration
+	6,  // 40: vmsnap.v1.Operation.state:type_name -> vmsnap.v1.OperationState
+	30, // 41: vmsnap.v1.Operation.progress:type_name -> vmsnap.v1.Progress
+	29, // 42: vmsnap.v1.Operation.steps:type_name -> vmsnap.v1.Step
+	9,  // 43: vmsnap.v1.Operation.warnings:type_name -> vmsnap.v1.Warning
+	8,  // 44: vmsnap.v1.Operation.error:type_name -> vmsnap.v1.Error
+	32, // 45: vmsnap.v1.Operation.created:type_name -> google.protobuf.Timestamp
+	32, // 46: vmsnap.v1.Operation.started:type_name -> google.protobuf.Timestamp
+	32, // 47: vmsnap.v1.Operation.ended:type_name -> google.protobuf.Timestamp
+	32, // 48: vmsnap.v1.Step.started:type_name -> google.protobuf.Timestamp
+	32, // 49: vmsnap.v1.Step.ended:type_name -> google.protobuf.Timestamp
+	33, // 50: vmsnap.v1.Progress.eta:type_name -> google.protobuf.Duration
+	51, // [51:51] is the sub-list for method output_type
+	51, // [51:51] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_types_proto_init() }

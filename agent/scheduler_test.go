@@ -402,6 +402,31 @@ func TestScheduleRetention(t *testing.T) {
 		if diff := cmp.Diff(want, names); diff != "" {
 			t.Error(diff)
 		}
+		spec := ScheduleSpec{Name: "s", VM: "web", Timing: hourly(), Retention: schedule.Retention{Last: 1}}
+		planned, err := h.PlanSchedule(t.Context(), "s", spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var stays []string
+		for _, v := range planned.VMs[0].Verdicts {
+			stays = append(stays, fmt.Sprintf("%s %v %d", v.Name, v.Stays, len(v.Reasons)))
+		}
+		if diff := cmp.Diff([]string{"20000101T043000Z true 1", "20000101T033000Z false 1", "20000101T023000Z false 1"}, stays); diff != "" {
+			t.Error(diff)
+		}
+		if now, err := h.Schedule(t.Context(), "s"); err != nil || now.Spec.Retention.Last != 3 {
+			t.Errorf("the plan has changed it: %+v, %v", now, err)
+		}
+		if _, err := h.PlanSchedule(t.Context(), "", spec); fault.Of(err) != fault.Exists {
+			t.Errorf("a second one of the name: %v", err)
+		}
+		spec.Name = "another"
+		if planned, err = h.PlanSchedule(t.Context(), "", spec); err != nil || planned.ID != "" || len(planned.VMs) != 1 || planned.VMs[0].Next.IsZero() {
+			t.Errorf("%+v, %v", planned, err)
+		}
+		if _, err := h.Schedule(t.Context(), "another"); fault.Of(err) != fault.NotFound {
+			t.Errorf("the plan has made it: %v", err)
+		}
 		view, err := h.Schedule(t.Context(), "kept")
 		if err != nil || len(view.VMs[0].Verdicts) != 5 || view.VMs[0].Verdicts[4].Reasons[0] != "it has the label keep" {
 			t.Errorf("%+v, %v", view, err)

@@ -216,6 +216,37 @@ func (a *Agent) CreateSchedule(ctx context.Context, s ScheduleSpec, uid uint32) 
 	return a.afterChange(ctx, rec, err)
 }
 
+// PlanSchedule shows what a schedule would be, what would come next and which of
+// its snapshots would stay, and changes nothing. ref names the schedule that would
+// be edited; without one it would be made.
+func (a *Agent) PlanSchedule(ctx context.Context, ref string, s ScheduleSpec) (ScheduleView, error) {
+	now := a.clock()
+	if _, err := a.checkSchedule(&s, now); err != nil {
+		return ScheduleView{}, err
+	}
+	vmID, err := a.scheduledVM(s)
+	if err != nil {
+		return ScheduleView{}, err
+	}
+	spec, err := s.stored(vmID)
+	if err != nil {
+		return ScheduleView{}, err
+	}
+	rec := catalog.Schedule{Name: s.Name, Created: now, Changed: now}
+	if ref != "" {
+		if rec, err = a.catalog.Schedule(ctx, ref); err != nil {
+			return ScheduleView{}, err
+		}
+	}
+	if other, err := a.catalog.Schedule(ctx, s.Name); err == nil && other.ID != rec.ID {
+		return ScheduleView{}, fault.New(fault.Exists, "there is a schedule %s already", s.Name)
+	} else if err != nil && fault.Of(err) != fault.NotFound {
+		return ScheduleView{}, err
+	}
+	rec.Name, rec.Spec = s.Name, spec
+	return a.scheduleView(ctx, rec)
+}
+
 // scheduledVM returns the id of the VM that a spec names, if it names one.
 func (a *Agent) scheduledVM(s ScheduleSpec) (string, error) {
 	if s.VM == "" {

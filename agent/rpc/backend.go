@@ -53,6 +53,7 @@ type Backend interface {
 	CreateSchedule(ctx context.Context, spec agent.ScheduleSpec, uid uint32) (agent.ScheduleView, error)
 	Schedules(ctx context.Context) ([]agent.ScheduleView, error)
 	Schedule(ctx context.Context, ref string) (agent.ScheduleView, error)
+	PlanSchedule(ctx context.Context, ref string, spec agent.ScheduleSpec) (agent.ScheduleView, error)
 	EditSchedule(ctx context.Context, ref string, spec agent.ScheduleSpec, revision uint64) (agent.ScheduleView, error)
 	PauseSchedule(ctx context.Context, ref string, paused bool) (agent.ScheduleView, error)
 	DeleteSchedule(ctx context.Context, ref string) error

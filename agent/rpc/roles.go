@@ -96,6 +96,7 @@ var needed = map[string]Role{
 	vmsnapv1connect.ScheduleServiceListRunsProcedure:       Viewer,
 	vmsnapv1connect.ScheduleServiceCreateScheduleProcedure: Operator,
 	vmsnapv1connect.ScheduleServiceEditScheduleProcedure:   Operator,
+	vmsnapv1connect.ScheduleServicePlanScheduleProcedure:   Operator,
 	vmsnapv1connect.ScheduleServicePauseScheduleProcedure:  Operator,
 	vmsnapv1connect.ScheduleServiceResumeScheduleProcedure: Operator,
 	vmsnapv1connect.ScheduleServiceDeleteScheduleProcedure: Operator,

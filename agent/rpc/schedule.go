@@ -46,6 +46,21 @@ func (s scheduleService) GetSchedule(ctx context.Context, req *connect.Request[v
 	return connect.NewResponse(&vmsnapv1.GetScheduleResponse{Schedule: scheduleProto(view)}), nil
 }
 
+func (s scheduleService) PlanSchedule(ctx context.Context, req *connect.Request[vmsnapv1.PlanScheduleRequest]) (*connect.Response[vmsnapv1.PlanScheduleResponse], error) {
+	if err := checkLength("schedule", req.Msg.GetSchedule(), maxRef); err != nil {
+		return nil, err
+	}
+	spec, err := scheduleSpec(ctx, req.Msg.GetSpec())
+	if err != nil {
+		return nil, err
+	}
+	view, err := s.backend.PlanSchedule(ctx, req.Msg.GetSchedule(), spec)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.PlanScheduleResponse{Schedule: scheduleProto(view)}), nil
+}
+
 func (s scheduleService) EditSchedule(ctx context.Context, req *connect.Request[vmsnapv1.EditScheduleRequest]) (*connect.Response[vmsnapv1.EditScheduleResponse], error) {
 	if err := checkRef("schedule", req.Msg.GetSchedule()); err != nil {
 		return nil, err

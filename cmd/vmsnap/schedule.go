@@ -24,6 +24,7 @@ at its first, but a schedule of every hour runs in both.`
 
 func (a *app) scheduleCreate() *cobra.Command {
 	var c chosen
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "create [VM]",
 		Short: "Take snapshots of a VM, or of several, from now on",
@@ -53,6 +54,9 @@ on. The options of the snapshots are those of "vmsnap snapshot create".
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
 			defer cancel()
+			if dryRun {
+				return a.planSchedule(ctx, &vmsnapv1.PlanScheduleRequest{Spec: spec})
+			}
 			res, err := a.client().Schedules().CreateSchedule(ctx, connect.NewRequest(&vmsnapv1.CreateScheduleRequest{Spec: spec}))
 			if err != nil {
 				return err
@@ -61,7 +65,17 @@ on. The options of the snapshots are those of "vmsnap snapshot create".
 		},
 	}
 	c.flags(a, cmd)
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only show what would come")
 	return cmd
+}
+
+// planSchedule shows what a schedule would come to.
+func (a *app) planSchedule(ctx context.Context, req *vmsnapv1.PlanScheduleRequest) error {
+	res, err := a.client().Schedules().PlanSchedule(ctx, connect.NewRequest(req))
+	if err != nil {
+		return err
+	}
+	return a.print(scheduleResult(res.Msg.GetSchedule()))
 }
 
 // changedResult shows a schedule that was just changed.
@@ -213,6 +227,7 @@ func (a *app) getSchedule(ctx context.Context, ref string) (*vmsnapv1.Schedule, 
 
 func (a *app) scheduleEdit() *cobra.Command {
 	var c chosen
+	var dryRun bool
 	cmd := &cobra.Command{
 		Use:   "edit NAME",
 		Short: "Change what is given of a schedule, and leave the rest",
@@ -221,6 +236,7 @@ runs from now on by the new ones. --name gives it another name.
 ` + scheduleRules,
 		Example: `  vmsnap schedule edit nightly --hour 3
   vmsnap schedule edit nightly --weekly sat,sun --overlap skip
+  vmsnap schedule edit nightly --keep-last 7 --dry-run
   vmsnap schedule edit nightly --name weekends`,
 		Args:              takes("NAME"),
 		ValidArgsFunction: a.completing(a.completeSchedules),
@@ -235,6 +251,9 @@ runs from now on by the new ones. --name gives it another name.
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
 			defer cancel()
+			if dryRun {
+				return a.planSchedule(ctx, &vmsnapv1.PlanScheduleRequest{Schedule: s.GetId(), Spec: s.GetSpec()})
+			}
 			res, err := a.client().Schedules().EditSchedule(ctx, connect.NewRequest(&vmsnapv1.EditScheduleRequest{
 				Schedule: s.GetId(), Spec: s.GetSpec(), Revision: s.GetRevision(),
 			}))
@@ -245,6 +264,7 @@ runs from now on by the new ones. --name gives it another name.
 		},
 	}
 	c.flags(a, cmd)
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only show what would come, and which snapshots would stay and why")
 	return cmd
 }
 

@@ -79,6 +79,13 @@ func (b *Backend) change(ref string, f func(*agent.ScheduleView) error) (agent.S
 	return b.schedules[i], nil
 }
 
+// PlanSchedule shows a schedule as it would be.
+func (b *Backend) PlanSchedule(ctx context.Context, ref string, spec agent.ScheduleSpec) (agent.ScheduleView, error) {
+	v, err := b.Schedule(ctx, ref)
+	v.Spec = spec
+	return v, err
+}
+
 // EditSchedule replaces what was chosen of a schedule.
 func (b *Backend) EditSchedule(_ context.Context, ref string, spec agent.ScheduleSpec, revision uint64) (agent.ScheduleView, error) {
 	return b.change(ref, func(v *agent.ScheduleView) error {

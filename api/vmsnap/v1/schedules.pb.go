@@ -1272,6 +1272,104 @@ func (x *GetScheduleResponse) GetSchedule() *Schedule {
 	return nil
 }
 
+type PlanScheduleRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The one that would be edited. Empty: it would be made.
+	Schedule      string        `protobuf:"bytes,1,opt,name=schedule,proto3" json:"schedule,omitempty"`
+	Spec          *ScheduleSpec `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanScheduleRequest) Reset() {
+	*x = PlanScheduleRequest{}
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanScheduleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanScheduleRequest) ProtoMessage() {}
+
+func (x *PlanScheduleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanScheduleRequest.ProtoReflect.Descriptor instead.
+func (*PlanScheduleRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *PlanScheduleRequest) GetSchedule() string {
+	if x != nil {
+		return x.Schedule
+	}
+	return ""
+}
+
+func (x *PlanScheduleRequest) GetSpec() *ScheduleSpec {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
+type PlanScheduleResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its id is empty if it would be made.
+	Schedule      *Schedule `protobuf:"bytes,1,opt,name=schedule,proto3" json:"schedule,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlanScheduleResponse) Reset() {
+	*x = PlanScheduleResponse{}
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlanScheduleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlanScheduleResponse) ProtoMessage() {}
+
+func (x *PlanScheduleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlanScheduleResponse.ProtoReflect.Descriptor instead.
+func (*PlanScheduleResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *PlanScheduleResponse) GetSchedule() *Schedule {
+	if x != nil {
+		return x.Schedule
+	}
+	return nil
+}
+
 type EditScheduleRequest struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Schedule string                 `protobuf:"bytes,1,opt,name=schedule,proto3" json:"schedule,omitempty"`
@@ -1284,7 +1382,7 @@ type EditScheduleRequest struct {
 
 func (x *EditScheduleRequest) Reset() {
 	*x = EditScheduleRequest{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1296,7 +1394,7 @@ func (x *EditScheduleRequest) String() string {
 func (*EditScheduleRequest) ProtoMessage() {}
 
 func (x *EditScheduleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1309,7 +1407,7 @@ func (x *EditScheduleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EditScheduleRequest.ProtoReflect.Descriptor instead.
 func (*EditScheduleRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *EditScheduleRequest) GetSchedule() string {
@@ -1342,7 +1440,7 @@ type EditScheduleResponse struct {
 
 func (x *EditScheduleResponse) Reset() {
 	*x = EditScheduleResponse{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1354,7 +1452,7 @@ func (x *EditScheduleResponse) String() string {
 func (*EditScheduleResponse) ProtoMessage() {}
 
 func (x *EditScheduleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1367,7 +1465,7 @@ func (x *EditScheduleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EditScheduleResponse.ProtoReflect.Descriptor instead.
 func (*EditScheduleResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *EditScheduleResponse) GetSchedule() *Schedule {
@@ -1386,7 +1484,7 @@ type PauseScheduleRequest struct {
 
 func (x *PauseScheduleRequest) Reset() {
 	*x = PauseScheduleRequest{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1398,7 +1496,7 @@ func (x *PauseScheduleRequest) String() string {
 func (*PauseScheduleRequest) ProtoMessage() {}
 
 func (x *PauseScheduleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1411,7 +1509,7 @@ func (x *PauseScheduleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseScheduleRequest.ProtoReflect.Descriptor instead.
 func (*PauseScheduleRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PauseScheduleRequest) GetSchedule() string {
@@ -1430,7 +1528,7 @@ type PauseScheduleResponse struct {
 
 func (x *PauseScheduleResponse) Reset() {
 	*x = PauseScheduleResponse{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1442,7 +1540,7 @@ func (x *PauseScheduleResponse) String() string {
 func (*PauseScheduleResponse) ProtoMessage() {}
 
 func (x *PauseScheduleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1455,7 +1553,7 @@ func (x *PauseScheduleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseScheduleResponse.ProtoReflect.Descriptor instead.
 func (*PauseScheduleResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{16}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PauseScheduleResponse) GetSchedule() *Schedule {
@@ -1474,7 +1572,7 @@ type ResumeScheduleRequest struct {
 
 func (x *ResumeScheduleRequest) Reset() {
 	*x = ResumeScheduleRequest{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1486,7 +1584,7 @@ func (x *ResumeScheduleRequest) String() string {
 func (*ResumeScheduleRequest) ProtoMessage() {}
 
 func (x *ResumeScheduleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1499,7 +1597,7 @@ func (x *ResumeScheduleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeScheduleRequest.ProtoReflect.Descriptor instead.
 func (*ResumeScheduleRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{17}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ResumeScheduleRequest) GetSchedule() string {
@@ -1518,7 +1616,7 @@ type ResumeScheduleResponse struct {
 
 func (x *ResumeScheduleResponse) Reset() {
 	*x = ResumeScheduleResponse{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1530,7 +1628,7 @@ func (x *ResumeScheduleResponse) String() string {
 func (*ResumeScheduleResponse) ProtoMessage() {}
 
 func (x *ResumeScheduleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1543,7 +1641,7 @@ func (x *ResumeScheduleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeScheduleResponse.ProtoReflect.Descriptor instead.
 func (*ResumeScheduleResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{18}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ResumeScheduleResponse) GetSchedule() *Schedule {
@@ -1562,7 +1660,7 @@ type DeleteScheduleRequest struct {
 
 func (x *DeleteScheduleRequest) Reset() {
 	*x = DeleteScheduleRequest{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1574,7 +1672,7 @@ func (x *DeleteScheduleRequest) String() string {
 func (*DeleteScheduleRequest) ProtoMessage() {}
 
 func (x *DeleteScheduleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1587,7 +1685,7 @@ func (x *DeleteScheduleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteScheduleRequest.ProtoReflect.Descriptor instead.
 func (*DeleteScheduleRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{19}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DeleteScheduleRequest) GetSchedule() string {
@@ -1605,7 +1703,7 @@ type DeleteScheduleResponse struct {
 
 func (x *DeleteScheduleResponse) Reset() {
 	*x = DeleteScheduleResponse{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1617,7 +1715,7 @@ func (x *DeleteScheduleResponse) String() string {
 func (*DeleteScheduleResponse) ProtoMessage() {}
 
 func (x *DeleteScheduleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1630,7 +1728,7 @@ func (x *DeleteScheduleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteScheduleResponse.ProtoReflect.Descriptor instead.
 func (*DeleteScheduleResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{20}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{22}
 }
 
 type ListRunsRequest struct {
@@ -1649,7 +1747,7 @@ type ListRunsRequest struct {
 
 func (x *ListRunsRequest) Reset() {
 	*x = ListRunsRequest{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +1759,7 @@ func (x *ListRunsRequest) String() string {
 func (*ListRunsRequest) ProtoMessage() {}
 
 func (x *ListRunsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +1772,7 @@ func (x *ListRunsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRunsRequest.ProtoReflect.Descriptor instead.
 func (*ListRunsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{21}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListRunsRequest) GetComing() bool {
@@ -1721,7 +1819,7 @@ type ListRunsResponse struct {
 
 func (x *ListRunsResponse) Reset() {
 	*x = ListRunsResponse{}
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1733,7 +1831,7 @@ func (x *ListRunsResponse) String() string {
 func (*ListRunsResponse) ProtoMessage() {}
 
 func (x *ListRunsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_schedules_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_schedules_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1746,7 +1844,7 @@ func (x *ListRunsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRunsResponse.ProtoReflect.Descriptor instead.
 func (*ListRunsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{22}
+	return file_vmsnap_v1_schedules_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListRunsResponse) GetRuns() []*Run {
@@ -1844,6 +1942,11 @@ const file_vmsnap_v1_schedules_proto_rawDesc = "" +
 	"\x12GetScheduleRequest\x12\x1a\n" +
 	"\bschedule\x18\x01 \x01(\tR\bschedule\"F\n" +
 	"\x13GetScheduleResponse\x12/\n" +
+	"\bschedule\x18\x01 \x01(\v2\x13.vmsnap.v1.ScheduleR\bschedule\"^\n" +
+	"\x13PlanScheduleRequest\x12\x1a\n" +
+	"\bschedule\x18\x01 \x01(\tR\bschedule\x12+\n" +
+	"\x04spec\x18\x02 \x01(\v2\x17.vmsnap.v1.ScheduleSpecR\x04spec\"G\n" +
+	"\x14PlanScheduleResponse\x12/\n" +
 	"\bschedule\x18\x01 \x01(\v2\x13.vmsnap.v1.ScheduleR\bschedule\"z\n" +
 	"\x13EditScheduleRequest\x12\x1a\n" +
 	"\bschedule\x18\x01 \x01(\tR\bschedule\x12+\n" +
@@ -1890,11 +1993,12 @@ const file_vmsnap_v1_schedules_proto_rawDesc = "" +
 	"\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rRUN_STATE_DUE\x10\x01\x12\x13\n" +
 	"\x0fRUN_STATE_BEGUN\x10\x02\x12\x15\n" +
-	"\x11RUN_STATE_SKIPPED\x10\x032\xb1\x05\n" +
+	"\x11RUN_STATE_SKIPPED\x10\x032\x87\x06\n" +
 	"\x0fScheduleService\x12U\n" +
 	"\x0eCreateSchedule\x12 .vmsnap.v1.CreateScheduleRequest\x1a!.vmsnap.v1.CreateScheduleResponse\x12W\n" +
 	"\rListSchedules\x12\x1f.vmsnap.v1.ListSchedulesRequest\x1a .vmsnap.v1.ListSchedulesResponse\"\x03\x90\x02\x01\x12Q\n" +
-	"\vGetSchedule\x12\x1d.vmsnap.v1.GetScheduleRequest\x1a\x1e.vmsnap.v1.GetScheduleResponse\"\x03\x90\x02\x01\x12O\n" +
+	"\vGetSchedule\x12\x1d.vmsnap.v1.GetScheduleRequest\x1a\x1e.vmsnap.v1.GetScheduleResponse\"\x03\x90\x02\x01\x12T\n" +
+	"\fPlanSchedule\x12\x1e.vmsnap.v1.PlanScheduleRequest\x1a\x1f.vmsnap.v1.PlanScheduleResponse\"\x03\x90\x02\x01\x12O\n" +
 	"\fEditSchedule\x12\x1e.vmsnap.v1.EditScheduleRequest\x1a\x1f.vmsnap.v1.EditScheduleResponse\x12R\n" +
 	"\rPauseSchedule\x12\x1f.vmsnap.v1.PauseScheduleRequest\x1a .vmsnap.v1.PauseScheduleResponse\x12U\n" +
 	"\x0eResumeSchedule\x12 .vmsnap.v1.ResumeScheduleRequest\x1a!.vmsnap.v1.ResumeScheduleResponse\x12U\n" +
@@ -1914,7 +2018,7 @@ func file_vmsnap_v1_schedules_proto_rawDescGZIP() []byte {
 }
 
 var file_vmsnap_v1_schedules_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_vmsnap_v1_schedules_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_vmsnap_v1_schedules_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_vmsnap_v1_schedules_proto_goTypes = []any{
 	(ScheduleKind)(0),              // 0: vmsnap.v1.ScheduleKind
 	(Missed)(0),                    // 1: vmsnap.v1.Missed
@@ -1933,73 +2037,79 @@ var file_vmsnap_v1_schedules_proto_goTypes = []any{
 	(*ListSchedulesResponse)(nil),  // 14: vmsnap.v1.ListSchedulesResponse
 	(*GetScheduleRequest)(nil),     // 15: vmsnap.v1.GetScheduleRequest
 	(*GetScheduleResponse)(nil),    // 16: vmsnap.v1.GetScheduleResponse
-	(*EditScheduleRequest)(nil),    // 17: vmsnap.v1.EditScheduleRequest
-	(*EditScheduleResponse)(nil),   // 18: vmsnap.v1.EditScheduleResponse
-	(*PauseScheduleRequest)(nil),   // 19: vmsnap.v1.PauseScheduleRequest
-	(*PauseScheduleResponse)(nil),  // 20: vmsnap.v1.PauseScheduleResponse
-	(*ResumeScheduleRequest)(nil),  // 21: vmsnap.v1.ResumeScheduleRequest
-	(*ResumeScheduleResponse)(nil), // 22: vmsnap.v1.ResumeScheduleResponse
-	(*DeleteScheduleRequest)(nil),  // 23: vmsnap.v1.DeleteScheduleRequest
-	(*DeleteScheduleResponse)(nil), // 24: vmsnap.v1.DeleteScheduleResponse
-	(*ListRunsRequest)(nil),        // 25: vmsnap.v1.ListRunsRequest
-	(*ListRunsResponse)(nil),       // 26: vmsnap.v1.ListRunsResponse
-	(*timestamppb.Timestamp)(nil),  // 27: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 28: google.protobuf.Duration
-	(*CreateSnapshotRequest)(nil),  // 29: vmsnap.v1.CreateSnapshotRequest
-	(OperationState)(0),            // 30: vmsnap.v1.OperationState
+	(*PlanScheduleRequest)(nil),    // 17: vmsnap.v1.PlanScheduleRequest
+	(*PlanScheduleResponse)(nil),   // 18: vmsnap.v1.PlanScheduleResponse
+	(*EditScheduleRequest)(nil),    // 19: vmsnap.v1.EditScheduleRequest
+	(*EditScheduleResponse)(nil),   // 20: vmsnap.v1.EditScheduleResponse
+	(*PauseScheduleRequest)(nil),   // 21: vmsnap.v1.PauseScheduleRequest
+	(*PauseScheduleResponse)(nil),  // 22: vmsnap.v1.PauseScheduleResponse
+	(*ResumeScheduleRequest)(nil),  // 23: vmsnap.v1.ResumeScheduleRequest
+	(*ResumeScheduleResponse)(nil), // 24: vmsnap.v1.ResumeScheduleResponse
+	(*DeleteScheduleRequest)(nil),  // 25: vmsnap.v1.DeleteScheduleRequest
+	(*DeleteScheduleResponse)(nil), // 26: vmsnap.v1.DeleteScheduleResponse
+	(*ListRunsRequest)(nil),        // 27: vmsnap.v1.ListRunsRequest
+	(*ListRunsResponse)(nil),       // 28: vmsnap.v1.ListRunsResponse
+	(*timestamppb.Timestamp)(nil),  // 29: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 30: google.protobuf.Duration
+	(*CreateSnapshotRequest)(nil),  // 31: vmsnap.v1.CreateSnapshotRequest
+	(OperationState)(0),            // 32: vmsnap.v1.OperationState
 }
 var file_vmsnap_v1_schedules_proto_depIdxs = []int32{
 	0,  // 0: vmsnap.v1.Timing.kind:type_name -> vmsnap.v1.ScheduleKind
-	27, // 1: vmsnap.v1.Timing.at:type_name -> google.protobuf.Timestamp
-	28, // 2: vmsnap.v1.Retention.max_age:type_name -> google.protobuf.Duration
+	29, // 1: vmsnap.v1.Timing.at:type_name -> google.protobuf.Timestamp
+	30, // 2: vmsnap.v1.Retention.max_age:type_name -> google.protobuf.Duration
 	4,  // 3: vmsnap.v1.ScheduleSpec.timing:type_name -> vmsnap.v1.Timing
-	29, // 4: vmsnap.v1.ScheduleSpec.snapshot:type_name -> vmsnap.v1.CreateSnapshotRequest
-	28, // 5: vmsnap.v1.ScheduleSpec.jitter:type_name -> google.protobuf.Duration
+	31, // 4: vmsnap.v1.ScheduleSpec.snapshot:type_name -> vmsnap.v1.CreateSnapshotRequest
+	30, // 5: vmsnap.v1.ScheduleSpec.jitter:type_name -> google.protobuf.Duration
 	1,  // 6: vmsnap.v1.ScheduleSpec.missed:type_name -> vmsnap.v1.Missed
 	2,  // 7: vmsnap.v1.ScheduleSpec.overlap:type_name -> vmsnap.v1.Overlap
 	5,  // 8: vmsnap.v1.ScheduleSpec.retention:type_name -> vmsnap.v1.Retention
 	6,  // 9: vmsnap.v1.Schedule.spec:type_name -> vmsnap.v1.ScheduleSpec
-	27, // 10: vmsnap.v1.Schedule.created:type_name -> google.protobuf.Timestamp
-	27, // 11: vmsnap.v1.Schedule.changed:type_name -> google.protobuf.Timestamp
+	29, // 10: vmsnap.v1.Schedule.created:type_name -> google.protobuf.Timestamp
+	29, // 11: vmsnap.v1.Schedule.changed:type_name -> google.protobuf.Timestamp
 	8,  // 12: vmsnap.v1.Schedule.vms:type_name -> vmsnap.v1.ScheduleVM
-	27, // 13: vmsnap.v1.ScheduleVM.next:type_name -> google.protobuf.Timestamp
+	29, // 13: vmsnap.v1.ScheduleVM.next:type_name -> google.protobuf.Timestamp
 	10, // 14: vmsnap.v1.ScheduleVM.last:type_name -> vmsnap.v1.Run
 	9,  // 15: vmsnap.v1.ScheduleVM.verdicts:type_name -> vmsnap.v1.Verdict
-	27, // 16: vmsnap.v1.Verdict.created:type_name -> google.protobuf.Timestamp
-	27, // 17: vmsnap.v1.Run.time:type_name -> google.protobuf.Timestamp
-	27, // 18: vmsnap.v1.Run.begins:type_name -> google.protobuf.Timestamp
+	29, // 16: vmsnap.v1.Verdict.created:type_name -> google.protobuf.Timestamp
+	29, // 17: vmsnap.v1.Run.time:type_name -> google.protobuf.Timestamp
+	29, // 18: vmsnap.v1.Run.begins:type_name -> google.protobuf.Timestamp
 	3,  // 19: vmsnap.v1.Run.state:type_name -> vmsnap.v1.RunState
-	30, // 20: vmsnap.v1.Run.result:type_name -> vmsnap.v1.OperationState
+	32, // 20: vmsnap.v1.Run.result:type_name -> vmsnap.v1.OperationState
 	6,  // 21: vmsnap.v1.CreateScheduleRequest.spec:type_name -> vmsnap.v1.ScheduleSpec
 	7,  // 22: vmsnap.v1.CreateScheduleResponse.schedule:type_name -> vmsnap.v1.Schedule
 	7,  // 23: vmsnap.v1.ListSchedulesResponse.schedules:type_name -> vmsnap.v1.Schedule
 	7,  // 24: vmsnap.v1.GetScheduleResponse.schedule:type_name -> vmsnap.v1.Schedule
-	6,  // 25: vmsnap.v1.EditScheduleRequest.spec:type_name -> vmsnap.v1.ScheduleSpec
-	7,  // 26: vmsnap.v1.EditScheduleResponse.schedule:type_name -> vmsnap.v1.Schedule
-	7,  // 27: vmsnap.v1.PauseScheduleResponse.schedule:type_name -> vmsnap.v1.Schedule
-	7,  // 28: vmsnap.v1.ResumeScheduleResponse.schedule:type_name -> vmsnap.v1.Schedule
-	10, // 29: vmsnap.v1.ListRunsResponse.runs:type_name -> vmsnap.v1.Run
-	11, // 30: vmsnap.v1.ScheduleService.CreateSchedule:input_type -> vmsnap.v1.CreateScheduleRequest
-	13, // 31: vmsnap.v1.ScheduleService.ListSchedules:input_type -> vmsnap.v1.ListSchedulesRequest
-	15, // 32: vmsnap.v1.ScheduleService.GetSchedule:input_type -> vmsnap.v1.GetScheduleRequest
-	17, // 33: vmsnap.v1.ScheduleService.EditSchedule:input_type -> vmsnap.v1.EditScheduleRequest
-	19, // 34: vmsnap.v1.ScheduleService.PauseSchedule:input_type -> vmsnap.v1.PauseScheduleRequest
-	21, // 35: vmsnap.v1.ScheduleService.ResumeSchedule:input_type -> vmsnap.v1.ResumeScheduleRequest
-	23, // 36: vmsnap.v1.ScheduleService.DeleteSchedule:input_type -> vmsnap.v1.DeleteScheduleRequest
-	25, // 37: vmsnap.v1.ScheduleService.ListRuns:input_type -> vmsnap.v1.ListRunsRequest
-	12, // 38: vmsnap.v1.ScheduleService.CreateSchedule:output_type -> vmsnap.v1.CreateScheduleResponse
-	14, // 39: vmsnap.v1.ScheduleService.ListSchedules:output_type -> vmsnap.v1.ListSchedulesResponse
-	16, // 40: vmsnap.v1.ScheduleService.GetSchedule:output_type -> vmsnap.v1.GetScheduleResponse
-	18, // 41: vmsnap.v1.ScheduleService.EditSchedule:output_type -> vmsnap.v1.EditScheduleResponse
-	20, // 42: vmsnap.v1.ScheduleService.PauseSchedule:output_type -> vmsnap.v1.PauseScheduleResponse
-	22, // 43: vmsnap.v1.ScheduleService.ResumeSchedule:output_type -> vmsnap.v1.ResumeScheduleResponse
-	24, // 44: vmsnap.v1.ScheduleService.DeleteSchedule:output_type -> vmsnap.v1.DeleteScheduleResponse
-	26, // 45: vmsnap.v1.ScheduleService.ListRuns:output_type -> vmsnap.v1.ListRunsResponse
-	38, // [38:46] is the sub-list for method output_type
-	30, // [30:38] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	6,  // 25: vmsnap.v1.PlanScheduleRequest.spec:type_name -> vmsnap.v1.ScheduleSpec
+	7,  // 26: vmsnap.v1.PlanScheduleResponse.schedule:type_name -> vmsnap.v1.Schedule
+	6,  // 27: vmsnap.v1.EditScheduleRequest.spec:type_name -> vmsnap.v1.ScheduleSpec
+	7,  // 28: vmsnap.v1.EditScheduleResponse.schedule:type_name -> vmsnap.v1.Schedule
+	7,  // 29: vmsnap.v1.PauseScheduleResponse.schedule:type_name -> vmsnap.v1.Schedule
+	7,  // 30: vmsnap.v1.ResumeScheduleResponse.schedule:type_name -> vmsnap.v1.Schedule
+	10, // 31: vmsnap.v1.ListRunsResponse.runs:type_name -> vmsnap.v1.Run
+	11, // 32: vmsnap.v1.ScheduleService.CreateSchedule:input_type -> vmsnap.v1.CreateScheduleRequest
+	13, // 33: vmsnap.v1.ScheduleService.ListSchedules:input_type -> vmsnap.v1.ListSchedulesRequest
+	15, // 34: vmsnap.v1.ScheduleService.GetSchedule:input_type -> vmsnap.v1.GetScheduleRequest
+	17, // 35: vmsnap.v1.ScheduleService.PlanSchedule:input_type -> vmsnap.v1.PlanScheduleRequest
+	19, // 36: vmsnap.v1.ScheduleService.EditSchedule:input_type -> vmsnap.v1.EditScheduleRequest
+	21, // 37: vmsnap.v1.ScheduleService.PauseSchedule:input_type -> vmsnap.v1.PauseScheduleRequest
+	23, // 38: vmsnap.v1.ScheduleService.ResumeSchedule:input_type -> vmsnap.v1.ResumeScheduleRequest
+	25, // 39: vmsnap.v1.ScheduleService.DeleteSchedule:input_type -> vmsnap.v1.DeleteScheduleRequest
+	27, // 40: vmsnap.v1.ScheduleService.ListRuns:input_type -> vmsnap.v1.ListRunsRequest
+	12, // 41: vmsnap.v1.ScheduleService.CreateSchedule:output_type -> vmsnap.v1.CreateScheduleResponse
+	14, // 42: vmsnap.v1.ScheduleService.ListSchedules:output_type -> vmsnap.v1.ListSchedulesResponse
+	16, // 43: vmsnap.v1.ScheduleService.GetSchedule:output_type -> vmsnap.v1.GetScheduleResponse
+	18, // 44: vmsnap.v1.ScheduleService.PlanSchedule:output_type -> vmsnap.v1.PlanScheduleResponse
+	20, // 45: vmsnap.v1.ScheduleService.EditSchedule:output_type -> vmsnap.v1.EditScheduleResponse
+	22, // 46: vmsnap.v1.ScheduleService.PauseSchedule:output_type -> vmsnap.v1.PauseScheduleResponse
+	24, // 47: vmsnap.v1.ScheduleService.ResumeSchedule:output_type -> vmsnap.v1.ResumeScheduleResponse
+	26, // 48: vmsnap.v1.ScheduleService.DeleteSchedule:output_type -> vmsnap.v1.DeleteScheduleResponse
+	28, // 49: vmsnap.v1.ScheduleService.ListRuns:output_type -> vmsnap.v1.ListRunsResponse
+	41, // [41:50] is the sub-list for method output_type
+	32, // [32:41] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_schedules_proto_init() }
@@ -2015,7 +2125,7 @@ func file_vmsnap_v1_schedules_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_schedules_proto_rawDesc), len(file_vmsnap_v1_schedules_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   23,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

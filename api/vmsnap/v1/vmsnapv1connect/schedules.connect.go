@@ -42,6 +42,9 @@ const (
 	// ScheduleServiceGetScheduleProcedure is the fully-qualified name of the ScheduleService's
 	// GetSchedule RPC.
 	ScheduleServiceGetScheduleProcedure = "/vmsnap.v1.ScheduleService/GetSchedule"
+	// ScheduleServicePlanScheduleProcedure is the fully-qualified name of the ScheduleService's
+	// PlanSchedule RPC.
+	ScheduleServicePlanScheduleProcedure = "/vmsnap.v1.ScheduleService/PlanSchedule"
 	// ScheduleServiceEditScheduleProcedure is the fully-qualified name of the ScheduleService's
 	// EditSchedule RPC.
 	ScheduleServiceEditScheduleProcedure = "/vmsnap.v1.ScheduleService/EditSchedule"
@@ -64,6 +67,9 @@ type ScheduleServiceClient interface {
 	CreateSchedule(context.Context, *connect.Request[v1.CreateScheduleRequest]) (*connect.Response[v1.CreateScheduleResponse], error)
 	ListSchedules(context.Context, *connect.Request[v1.ListSchedulesRequest]) (*connect.Response[v1.ListSchedulesResponse], error)
 	GetSchedule(context.Context, *connect.Request[v1.GetScheduleRequest]) (*connect.Response[v1.GetScheduleResponse], error)
+	// PlanSchedule shows what CreateSchedule or EditSchedule would come to, and which
+	// snapshots would stay, and changes nothing.
+	PlanSchedule(context.Context, *connect.Request[v1.PlanScheduleRequest]) (*connect.Response[v1.PlanScheduleResponse], error)
 	// EditSchedule replaces what was chosen of a schedule.
 	EditSchedule(context.Context, *connect.Request[v1.EditScheduleRequest]) (*connect.Response[v1.EditScheduleResponse], error)
 	// PauseSchedule keeps a schedule from running.
@@ -108,6 +114,13 @@ func NewScheduleServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 			connect.WithClientOptions(opts...),
 		),
+		planSchedule: connect.NewClient[v1.PlanScheduleRequest, v1.PlanScheduleResponse](
+			httpClient,
+			baseURL+ScheduleServicePlanScheduleProcedure,
+			connect.WithSchema(scheduleServiceMethods.ByName("PlanSchedule")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 		editSchedule: connect.NewClient[v1.EditScheduleRequest, v1.EditScheduleResponse](
 			httpClient,
 			baseURL+ScheduleServiceEditScheduleProcedure,
@@ -147,6 +160,7 @@ type scheduleServiceClient struct {
 	createSchedule *connect.Client[v1.CreateScheduleRequest, v1.CreateScheduleResponse]
 	listSchedules  *connect.Client[v1.ListSchedulesRequest, v1.ListSchedulesResponse]
 	getSchedule    *connect.Client[v1.GetScheduleRequest, v1.GetScheduleResponse]
+	planSchedule   *connect.Client[v1.PlanScheduleRequest, v1.PlanScheduleResponse]
 	editSchedule   *connect.Client[v1.EditScheduleRequest, v1.EditScheduleResponse]
 	pauseSchedule  *connect.Client[v1.PauseScheduleRequest, v1.PauseScheduleResponse]
 	resumeSchedule *connect.Client[v1.ResumeScheduleRequest, v1.ResumeScheduleResponse]
@@ -167,6 +181,11 @@ func (c *scheduleServiceClient) ListSchedules(ctx context.Context, req *connect.
 // GetSchedule calls vmsnap.v1.ScheduleService.GetSchedule.
 func (c *scheduleServiceClient) GetSchedule(ctx context.Context, req *connect.Request[v1.GetScheduleRequest]) (*connect.Response[v1.GetScheduleResponse], error) {
 	return c.getSchedule.CallUnary(ctx, req)
+}
+
+// PlanSchedule calls vmsnap.v1.ScheduleService.PlanSchedule.
+func (c *scheduleServiceClient) PlanSchedule(ctx context.Context, req *connect.Request[v1.PlanScheduleRequest]) (*connect.Response[v1.PlanScheduleResponse], error) {
+	return c.planSchedule.CallUnary(ctx, req)
 }
 
 // EditSchedule calls vmsnap.v1.ScheduleService.EditSchedule.
@@ -199,6 +218,9 @@ type ScheduleServiceHandler interface {
 	CreateSchedule(context.Context, *connect.Request[v1.CreateScheduleRequest]) (*connect.Response[v1.CreateScheduleResponse], error)
 	ListSchedules(context.Context, *connect.Request[v1.ListSchedulesRequest]) (*connect.Response[v1.ListSchedulesResponse], error)
 	GetSchedule(context.Context, *connect.Request[v1.GetScheduleRequest]) (*connect.Response[v1.GetScheduleResponse], error)
+	// PlanSchedule shows what CreateSchedule or EditSchedule would come to, and which
+	// snapshots would stay, and changes nothing.
+	PlanSchedule(context.Context, *connect.Request[v1.PlanScheduleRequest]) (*connect.Response[v1.PlanScheduleResponse], error)
 	// EditSchedule replaces what was chosen of a schedule.
 	EditSchedule(context.Context, *connect.Request[v1.EditScheduleRequest]) (*connect.Response[v1.EditScheduleResponse], error)
 	// PauseSchedule keeps a schedule from running.
@@ -236,6 +258,13 @@ func NewScheduleServiceHandler(svc ScheduleServiceHandler, opts ...connect.Handl
 		ScheduleServiceGetScheduleProcedure,
 		svc.GetSchedule,
 		connect.WithSchema(scheduleServiceMethods.ByName("GetSchedule")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
+	scheduleServicePlanScheduleHandler := connect.NewUnaryHandler(
+		ScheduleServicePlanScheduleProcedure,
+		svc.PlanSchedule,
+		connect.WithSchema(scheduleServiceMethods.ByName("PlanSchedule")),
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
@@ -278,6 +307,8 @@ func NewScheduleServiceHandler(svc ScheduleServiceHandler, opts ...connect.Handl
 			scheduleServiceListSchedulesHandler.ServeHTTP(w, r)
 		case ScheduleServiceGetScheduleProcedure:
 			scheduleServiceGetScheduleHandler.ServeHTTP(w, r)
+		case ScheduleServicePlanScheduleProcedure:
+			scheduleServicePlanScheduleHandler.ServeHTTP(w, r)
 		case ScheduleServiceEditScheduleProcedure:
 			scheduleServiceEditScheduleHandler.ServeHTTP(w, r)
 		case ScheduleServicePauseScheduleProcedure:
@@ -307,6 +338,10 @@ func (UnimplementedScheduleServiceHandler) ListSchedules(context.Context, *conne
 
 func (UnimplementedScheduleServiceHandler) GetSchedule(context.Context, *connect.Request[v1.GetScheduleRequest]) (*connect.Response[v1.GetScheduleResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.ScheduleService.GetSchedule is not implemented"))
+}
+
+func (UnimplementedScheduleServiceHandler) PlanSchedule(context.Context, *connect.Request[v1.PlanScheduleRequest]) (*connect.Response[v1.PlanScheduleResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.ScheduleService.PlanSchedule is not implemented"))
 }
 
 func (UnimplementedScheduleServiceHandler) EditSchedule(context.Context, *connect.Request[v1.EditScheduleRequest]) (*connect.Response[v1.EditScheduleResponse], error) {

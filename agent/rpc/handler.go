@@ -59,18 +59,23 @@ func NewHandler(backend Backend, opts Options) http.Handler {
 	mux.Handle(grpcreflect.NewHandlerV1(reflector, common...))
 	mux.Handle(grpcreflect.NewHandlerV1Alpha(reflector, common...))
 	errs := connect.NewErrorWriter(common...)
+	taken := newAllowances()
 	server := "vmsnapd"
 	if opts.Version != "" {
 		server += "/" + opts.Version
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Server", server)
-		if _, listed := needed[r.URL.Path]; listed {
-			mux.ServeHTTP(w, r)
-			return
+		leave, err := taken.enter(r.Context())
+		if err == nil {
+			defer leave()
+			if _, listed := needed[r.URL.Path]; listed {
+				mux.ServeHTTP(w, r)
+				return
+			}
+			err = door.permit(r.Context(), r.URL.Path)
 		}
-		err := door.permit(r.Context(), r.URL.Path)
-		if err := errs.Write(w, r, err); err != nil {
+		if err := errs.Write(w, r, wireError(err)); err != nil {
 			log.Debug("refusal not sent", "error", err)
 		}
 	})

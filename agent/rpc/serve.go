@@ -23,9 +23,10 @@ const (
 )
 
 // Serve serves the API on a Unix socket until ctx ends: HTTP/1.1 and HTTP/2
-// without TLS, each connection's peer identified when it is accepted. Then it
-// stops to accept, ends the streams with an error that tells clients to resume
-// them, and gives the other calls five seconds. It closes the listener.
+// without TLS, each connection's peer identified when it is accepted, and the
+// number of each user's connections bounded. Then it stops to accept, ends the
+// streams with an error that tells clients to resume them, and gives the other
+// calls five seconds. It closes the listener.
 func Serve(ctx context.Context, listener net.Listener, handler http.Handler, log hclog.Logger) error {
 	base := context.WithValue(context.WithoutCancel(ctx), stoppingKey{}, ctx)
 	protocols := new(http.Protocols)
@@ -38,12 +39,10 @@ func Serve(ctx context.Context, listener net.Listener, handler http.Handler, log
 		IdleTimeout:       idleTimeout,
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			peer, err := identify(conn)
-			if err != nil {
-				log.Error("connection without an identity", "error", err)
-				return ctx
+			if known, ok := conn.(*knownConn); ok {
+				return context.WithValue(ctx, peerKey{}, known.peer)
 			}
-			return context.WithValue(ctx, peerKey{}, peer)
+			return ctx
 		},
 		ErrorLog: log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug}),
 	}
@@ -58,7 +57,7 @@ func Serve(ctx context.Context, listener net.Listener, handler http.Handler, log
 		}
 		stopped <- err
 	})
-	err := server.Serve(listener)
+	err := server.Serve(&frontListener{Listener: listener, log: log, open: map[uint32]int{}})
 	if unhook() { // ctx has not ended: the listener failed
 		return fmt.Errorf("serve the API: %w", errors.Join(err, server.Close()))
 	}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+
+	"golang.org/x/sys/unix"
 )
 
 // BackedImage is a file whose qcow2 header names a backing file.
@@ -44,7 +46,7 @@ func (d *Dir) BackedImages(ctx context.Context) ([]BackedImage, error) {
 
 // backed reads the header of one file.
 func (d *Dir) backed(name string) (image BackedImage, ok bool, err error) {
-	f, err := d.root.OpenFile(name, os.O_RDONLY, 0)
+	f, err := d.root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0) // it may be a FIFO by now
 	if err != nil {
 		return image, false, err
 	}

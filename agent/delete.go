@@ -198,6 +198,9 @@ func (d *deletion) toEnd(ctx context.Context) error {
 	}
 	for _, id := range slices.Sorted(maps.Keys(d.kept)) {
 		k := d.kept[id]
+		if !d.Wanted[id] {
+			continue // it has been there before
+		}
 		d.o.Warn(op.Warning{Code: warnLayersKept, Message: fmt.Sprintf("the layer %s stays without a snapshot: %s", id, k.Reason)})
 	}
 	return d.o.Step(ctx, "remove", func(ctx context.Context) error {

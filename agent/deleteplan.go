@@ -181,22 +181,18 @@ func (a *Agent) planDelete(ctx context.Context, v *vm, req DeleteRequest, chosen
 	}
 	rooms := map[string]*room{}
 	s := newStacks(stand.prefix())
-	for primary := maps.Clone(wanted); ; {
+	for {
 		m, ok, err := t.next(wanted, req.Flatten, s.costs(ctx))
 		if err != nil {
 			return plan, fmt.Errorf("VM %s: %w", v.name(), err)
 		}
 		if !ok {
-			a.planKept(&plan, t, snapshots, primary, req, refuse)
+			a.planKept(&plan, t, snapshots, wanted, req, refuse)
 			break
 		}
 		s.add(ctx, &plan, t, m, stand, rooms)
-		follow := t.follows(m)
 		t.apply(m)
 		s.apply(m)
-		if follow != "" {
-			wanted[follow] = false
-		}
 	}
 	for _, dir := range slices.Sorted(maps.Keys(rooms)) {
 		if err := a.roomFor(stand.prefix()+dir, rooms[dir].peak); err != nil {
@@ -209,13 +205,16 @@ func (a *Agent) planDelete(ctx context.Context, v *vm, req DeleteRequest, chosen
 // planKept notes the layers that stay, and refuses what they stand in the way of.
 func (a *Agent) planKept(plan *DeletePlan, t *layerTree, snapshots []catalog.Snapshot, primary map[string]bool, req DeleteRequest, refuse func(*fault.Error)) {
 	for _, id := range slices.Sorted(maps.Keys(t.kept)) {
+		if !primary[id] {
+			continue // it has been there before
+		}
 		l, k := t.layers[id], t.kept[id]
 		kept := PlanKept{Device: deviceOf(t.disks, l.DiskID), Layer: l.Path, Reason: k.Reason, Dependants: k.Dependants}
 		if k.Branches {
 			kept.Dependants = append(t.dependantsOf(id, snapshots), t.held[id]...)
 		}
 		plan.Kept = append(plan.Kept, kept)
-		if len(kept.Dependants) == 0 || !primary[id] || req.KeepLayers {
+		if len(kept.Dependants) == 0 || req.KeepLayers {
 			continue
 		}
 		err := fault.New(fault.HasDependants, "VM %s: disk %s: %s lie on the layer %s", plan.VM, kept.Device, strings.Join(kept.Dependants, ", "), l.Path)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -84,6 +85,9 @@ func readDir(path string) ([]os.DirEntry, error) {
 		return nil, err
 	}
 	entries, err := f.ReadDir(maxStrangers)
+	if errors.Is(err, io.EOF) {
+		err = nil // it is empty
+	}
 	return entries, errors.Join(err, f.Close())
 }
 

@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -125,13 +126,15 @@ type mergeCost struct {
 type costs func(lower, upper catalog.Layer) (mergeCost, error)
 
 // next chooses the next merge for layers that are to go: those that snapshots
-// were restored from, which are true in wanted, and those that went idle with
-// them. ok is false when all that can go have gone; those that stay are in kept.
+// were restored from, which are true in wanted, and those that nothing needs since
+// an earlier deletion or with this one. ok is false when all that can go have gone;
+// those that stay are in kept.
 //
 // What can be removed goes first, for it costs nothing and may leave a branch
 // with one layer on it. Of the others the lowest comes first, so that nothing is
 // copied twice on its way down.
 func (t *layerTree) next(wanted map[string]bool, flatten bool, measure costs) (m merge, ok bool, err error) {
+	wanted = t.withAbandoned(wanted)
 	for _, id := range t.order(wanted) {
 		if _, kept := t.kept[id]; !kept && t.idle(id) && len(t.children[id]) == 0 && t.fixed[id] == "" && len(t.held[id]) == 0 {
 			return merge{lower: id, way: MergeRemove}, true, nil
@@ -159,6 +162,18 @@ func (t *layerTree) next(wanted map[string]bool, flatten bool, measure costs) (m
 		}
 	}
 	return merge{}, false, nil
+}
+
+// withAbandoned adds the layers that nothing needs and nobody asked for. A file that
+// the agent has not made is never among those that would go without a merge.
+func (t *layerTree) withAbandoned(wanted map[string]bool) map[string]bool {
+	all := maps.Clone(wanted)
+	for id, l := range t.layers {
+		if _, asked := all[id]; !asked && t.idle(id) && (len(t.children[id]) > 0 || l.Operation != "") {
+			all[id] = false
+		}
+	}
+	return all
 }
 
 // order returns the layers that are to go, those below before those above.
@@ -215,7 +230,7 @@ func (t *layerTree) choose(id string, children []string, measure costs) (merge, 
 	noCommit, noStream := t.noCommit(id, upper), t.noStream(upper)
 	switch {
 	case noCommit != "" && noStream != "":
-		t.kept[id] = keptLayer{Reason: noStream, Dependants: t.held[upper]}
+		t.kept[id] = keptLayer{Reason: noStream}
 	case noCommit != "", noStream == "" && cost.Up < cost.Down:
 		m.way, m.only = MergeStream, noCommit
 	default:
@@ -231,8 +246,6 @@ func (t *layerTree) noCommit(lower, upper string) string {
 	switch {
 	case t.fixed[upper] != "":
 		return t.fixed[upper]
-	case len(t.held[upper]) > 0:
-		return strings.Join(t.held[upper], ", ") + " lies on " + u.Path // by this name, which would go
 	case len(t.children[upper]) > 1:
 		return "several layers lie on " + u.Path
 	case len(t.children[upper]) == 1 && t.fixed[t.children[upper][0]] != "":
@@ -247,14 +260,8 @@ func (t *layerTree) noCommit(lower, upper string) string {
 	return ""
 }
 
-// noStream says why what lies below a layer cannot be copied into it. Nobody may
-// write to what somebody outside has open.
-func (t *layerTree) noStream(upper string) string {
-	if held := t.held[upper]; t.fixed[upper] == "" && len(held) > 0 {
-		return strings.Join(held, ", ") + " lies on " + t.layers[upper].Path
-	}
-	return t.fixed[upper]
-}
+// noStream says why what lies below a layer cannot be copied into it.
+func (t *layerTree) noStream(upper string) string { return t.fixed[upper] }
 
 // writes returns the layer by which it is told who does a merge: a QEMU that runs
 // on the lower layer of two need not run on the upper one.
@@ -291,13 +298,4 @@ func (t *layerTree) apply(m merge) {
 		without(lower.Parent, m.lower)
 	}
 	delete(t.layers, m.lower)
-}
-
-// follows returns the layer that becomes one to go when a merge has been done:
-// below a layer that was removed there may be one that was kept for it alone.
-func (t *layerTree) follows(m merge) string {
-	if below := t.layers[m.lower].Parent; m.way == MergeRemove && below != "" && t.idle(below) && t.fixed[below] == "" {
-		return below
-	}
-	return ""
 }

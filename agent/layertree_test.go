@@ -54,6 +54,9 @@ func newModel(t *testing.T, random *rand.Rand) (m *model, wanted map[string]bool
 	foreign := random.IntN(2)
 	for i := range n {
 		l := catalog.Layer{ID: fmt.Sprint(i), DiskID: "d", Path: fmt.Sprintf("/%d", i), Format: "qcow2", Covered: true}
+		if i > foreign {
+			l.Operation = "0badcafe"
+		}
 		f := &modelFile{data: map[int]int{}}
 		if i > 0 {
 			on := i - 1
@@ -96,7 +99,10 @@ func newModel(t *testing.T, random *rand.Rand) (m *model, wanted map[string]bool
 				m.still[below.Path] = maps.Clone(m.files[below.Path].data)
 			}
 		}
-		if l.Foreign {
+		if random.IntN(12) == 0 {
+			m.tree.fixed[l.ID] = "nobody may touch it"
+		}
+		if m.tree.fixed[l.ID] != "" {
 			m.still[l.Path] = maps.Clone(m.files[l.Path].data)
 		}
 	}
@@ -114,9 +120,15 @@ func (m *model) do(g merge) {
 		if n := len(m.tree.children[g.lower]); n != 1 {
 			m.t.Errorf("%s is committed into %s, on which %d layers lie", g.upper, g.lower, n)
 		}
+		if n := len(m.tree.children[g.upper]); n > 1 {
+			m.t.Errorf("%s is committed into %s, and %d layers name it", g.upper, g.lower, n)
+		}
 		maps.Copy(low.data, up.data)
 		delete(m.files, upper.Path)
 		for _, above := range m.tree.children[g.upper] {
+			if m.tree.fixed[above] != "" || len(m.tree.held[above]) > 0 {
+				m.t.Errorf("the header of %s is written to", above)
+			}
 			m.files[m.tree.layers[above].Path].backing = lower.Path
 		}
 	case MergeStream, MergeFlatten:
@@ -180,7 +192,6 @@ func TestLayerTree(t *testing.T) {
 		random := rand.New(rand.NewPCG(seed, 1))
 		m, wanted := newModel(t, random)
 		flatten := random.IntN(3) == 0
-		primary := maps.Clone(wanted)
 		for step := 0; ; step++ {
 			g, ok, err := m.tree.next(wanted, flatten, m.measure)
 			if err != nil {
@@ -195,14 +206,10 @@ func TestLayerTree(t *testing.T) {
 			}
 			ways[g.way]++
 			m.do(g)
-			follow := m.tree.follows(g)
 			m.tree.apply(g)
-			if follow != "" {
-				wanted[follow] = false
-			}
 			m.verify(when)
 		}
-		for id := range primary {
+		for id := range wanted {
 			_, there := m.tree.layers[id]
 			kept, stays := m.tree.kept[id]
 			needed := there && !m.tree.idle(id)
@@ -218,7 +225,7 @@ func TestLayerTree(t *testing.T) {
 		}
 	}
 	for _, way := range []MergeWay{MergeRemove, MergeCommit, MergeStream, MergeFlatten} {
-		if ways[way] < 100 {
+		if ways[way] < 50 {
 			t.Errorf("only %d merges by the way %q", ways[way], way)
 		}
 	}

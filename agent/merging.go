@@ -34,7 +34,6 @@ type merging struct {
 	Active bool           // the disk writes to the upper one
 	Bytes  uint64         // that are copied
 	Room   uint64         // that they take
-	Follow string         // the layer that is to go once this one has; empty when there is none
 	Prefix string         // where paths begin
 	QEMU   *mergingInQEMU `json:",omitempty"` // nil: qemu-img does it
 
@@ -55,7 +54,7 @@ func (d *deletion) merge(ctx context.Context, t *layerTree, m merge, at *stand) 
 	d.count++
 	g := &merging{
 		N: d.count, Way: m.way, Lower: t.layers[m.lower], Upper: t.layers[m.upper], Below: t.layers[t.layers[m.lower].Parent],
-		Bytes: m.cost.Up, Room: m.cost.RoomAbove, Prefix: at.prefix(), Follow: t.follows(m),
+		Bytes: m.cost.Up, Room: m.cost.RoomAbove, Prefix: at.prefix(),
 	}
 	for _, disk := range t.disks {
 		if disk.ID == g.Lower.DiskID {
@@ -93,9 +92,6 @@ func (d *deletion) mergeDone(ctx context.Context, g *merging) error {
 		return d.removeFile(g)
 	})
 	err = errors.Join(err, g.unlock())
-	if g.Follow != "" {
-		d.Wanted[g.Follow] = false
-	}
 	d.keepManifests(ctx, d.o, d.vm, op.KindDelete)
 	return err
 }
@@ -348,6 +344,9 @@ func (g *merging) exposed() []catalog.Layer {
 		all = append(all, g.Lower)
 		if g.Above.Covered {
 			all = append(all, g.Above)
+		}
+		if g.QEMU == nil && g.Upper.Covered { // qemu-img opens it as if it wrote to it
+			all = append(all, g.Upper)
 		}
 	case g.Upper.Covered:
 		all = append(all, g.Upper)

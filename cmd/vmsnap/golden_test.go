@@ -287,7 +287,7 @@ func deletes(b *rpctest.Backend) {
 				VM: "web", Snapshots: []string{"nightly"}, Live: true, Memory: 3 << 30, Moved: 700 << 20, Freed: 3<<30 + 120<<20,
 				Merges: []agent.PlanMerge{
 					{Device: "root", Way: agent.MergeStream, Layer: "/srv/vm/web/root.1c22.qcow2", Into: "/srv/vm/web/root.7f3a.qcow2", Live: true, Bytes: 400 << 20, Room: 280 << 20, Other: 6 << 30},
-					{Device: "data", Way: agent.MergeCommit, Layer: "/srv/vm/web/data.7f3a.qcow2", Into: "/srv/vm/web/data.raw", Bytes: 300 << 20, Only: "/clone lies on /srv/vm/web/data.7f3a.qcow2"},
+					{Device: "data", Way: agent.MergeCommit, Layer: "/srv/vm/web/data.7f3a.qcow2", Into: "/srv/vm/web/data.raw", Bytes: 300 << 20, Only: "several layers lie on /srv/vm/web/data.7f3a.qcow2"},
 					{Device: "data", Way: agent.MergeRemove, Layer: "/srv/vm/web/data.0bad.qcow2"},
 				},
 				Kept: []agent.PlanKept{

@@ -1,10 +1,9 @@
 package e2e
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -12,79 +11,18 @@ import (
 	"github.com/vmsnap/vmsnap/internal/testvm"
 )
 
-// contents are what the snapshots of a VM, and its disks now, read as: a hash by
-// snapshot and disk.
-type contents map[string]string
-
-// contentsOf reads all snapshots of a VM that can be restored, and its disks.
-func (h *host) contentsOf(vm *still) contents {
-	h.t.Helper()
-	c := contents{}
-	for _, name := range strings.Fields(h.must("snapshot", "list", vm.name, "-o", "name")) {
-		for _, d := range h.snapshot(name).Disks {
-			c[name+" "+d.Device] = h.hash(vm.q, d)
-		}
-	}
-	for _, d := range h.disksOf(vm.name) {
-		c["now "+d.Device] = h.hash(vm.q, snapshotDisk{Device: d.Device, Path: d.LaunchPath, Format: "qcow2"})
-	}
-	return c
-}
-
-func (h *host) hash(q testvm.QEMU, d snapshotDisk) string {
-	h.t.Helper()
-	path := raw(h.t, q, d)
-	data, err := os.ReadFile(path)
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	if err := os.Remove(path); err != nil {
-		h.t.Fatal(err)
-	}
-	sum := sha256.Sum256(data)
-	return hex.EncodeToString(sum[:8])
-}
-
-// without fails unless the contents are what they were, but for a snapshot that
-// was deleted.
-func (c contents) without(t *testing.T, before contents, when string, gone ...string) {
-	t.Helper()
-	for name, sum := range before {
-		deleted := false
-		for _, g := range gone {
-			deleted = deleted || strings.HasPrefix(name, g+" ")
-		}
-		switch now, there := c[name]; {
-		case deleted && there:
-			t.Errorf("%s: %s is there still", when, name)
-		case !deleted && !there:
-			t.Errorf("%s: %s is gone", when, name)
-		case !deleted && now != sum:
-			t.Errorf("%s: %s reads as something else", when, name)
-		}
-	}
-}
-
-// grow makes snapshots with contents of their own: each writes to a place of its
-// own and to one that all write to.
-func (h *host) grow(vm *still, value int, names ...string) {
-	h.t.Helper()
+// remove deletes snapshots, and verifies what is left.
+func (k *tree) remove(when string, names ...string) {
+	k.h.t.Helper()
+	args := []string{"snapshot", "delete"}
 	for i, name := range names {
-		vm.write(value + i)
-		vm.fill(value+i, (value+i)%7+1)
-		h.must("snapshot", "create", vm.name, name, "--quiesce", "none")
-	}
-}
-
-// fill writes a value to one MiB of each disk.
-func (s *still) fill(value, at int) {
-	s.t.Helper()
-	for _, d := range s.disks {
-		line := fmt.Sprintf(`qemu-io -d /machine/peripheral/%s/virtio-backend "write -f -P %d %dM 1M"`, d, value, at)
-		if err := s.own.Execute(s.t.Context(), "human-monitor-command", map[string]any{"command-line": line}, nil); err != nil {
-			s.t.Fatal(err)
+		if !strings.HasPrefix(name, "--") {
+			names[i] = k.vm.name + "/" + name
 		}
 	}
+	k.h.must(append(args, names...)...)
+	k.gone(names...)
+	k.verify(when)
 }
 
 // TestQEMUDelete deletes snapshots at each position of a chain, while the VM runs,
@@ -95,56 +33,154 @@ func TestQEMUDelete(t *testing.T) {
 		vm := newStill(t, q, "delete-"+q.Name, "root.qcow2", "data.qcow2")
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
 		h.await(vm.name, "paused")
-		h.grow(vm, 1, "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-		vm.write(20)
+		k := newTree(h, vm)
+		k.grow("one", "two", "three", "four", "five", "six", "seven")
+		k.write()
 
 		plan := h.must("snapshot", "delete", vm.name+"/three", "--dry-run", "-o", "wide")
-		for _, want := range []string{"root", "data", "QEMU"} {
+		for _, want := range []string{"root", "data", "QEMU", "would copy"} {
 			if !strings.Contains(plan, want) {
 				t.Errorf("the plan does not say %q:\n%s", want, plan)
 			}
 		}
-		remove := func(when string, names ...string) {
-			t.Helper()
-			before := h.contentsOf(vm)
-			args := []string{"snapshot", "delete"}
-			var gone []string
-			for _, n := range names {
-				gone = append(gone, vm.name+"/"+n)
-			}
-			h.must(append(args, gone...)...)
-			h.contentsOf(vm).without(t, before, when, gone...)
-			h.accounted(vm, when)
-			vm.check(when)
-		}
-		remove("a middle one, live", "three")
-		remove("the first, live", "one")
-		remove("the newest, live", "nine")
+		k.remove("a middle one, live", "three")
+		k.remove("the first, live", "one")
+		k.remove("the newest, live", "seven")
 		h.launchesActive(vm, "live")
-		vm.write(21)
+		k.write()
 		vm.kill()
 		h.await(vm.name, "stopped")
+		k.remove("the first, stopped", "two")
+		k.remove("the newest, stopped", "six")
 		vm.start()
 		h.await(vm.name, "paused")
-		vm.holds(21, "started again")
-		remove("two at once, after a start", "five", "six")
+		k.verify("started after deletions")
+		k.write()
+		k.remove("all that are left, after a start", "four", "five")
 		h.launchesActive(vm, "after a start")
-		vm.write(22)
-		vm.kill()
-		h.await(vm.name, "stopped")
-		remove("the first, stopped", "two")
-		remove("the newest, stopped", "eight")
-		vm.start()
-		h.await(vm.name, "paused")
-		vm.holds(22, "started after deletions")
-		remove("all that are left", "four", "seven")
 		if n := h.layers(vm.name); !slices.Equal(n, []int{1, 1}) {
 			t.Errorf("the disks have %d layers without a snapshot", n)
 		}
-		h.must("snapshot", "create", vm.name, "again", "--quiesce", "none")
+		k.grow("again")
 		h.launchesActive(vm, "in the end")
 		if f := h.findings(vm.name); len(f) != 0 {
 			t.Errorf("the doctor finds %+v", f)
 		}
+	})
+}
+
+// TestQEMUDeleteDependants deletes snapshots from which branches begin, on which
+// clones lie, and that are templates.
+func TestQEMUDeleteDependants(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		vm := newStill(t, q, "dependants-"+q.Name, "root.qcow2")
+		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
+		h.await(vm.name, "paused")
+		k := newTree(h, vm)
+		name := func(s string) string { return vm.name + "/" + s }
+		k.grow("base", "point", "left")
+		h.must("snapshot", "restore", name("point"), "--no-safety-snapshot")
+		k.look()
+		k.grow("right")
+		k.write()
+
+		for _, dry := range [][]string{nil, {"--dry-run"}} {
+			r := h.fails(12, "lie on", append([]string{"snapshot", "delete", name("point")}, dry...)...)
+			for _, want := range []string{name("left"), name("right")} {
+				if !strings.Contains(r.stderr, want) {
+					t.Errorf("%v: the refusal does not name %s: %s", dry, want, r.stderr)
+				}
+			}
+		}
+		k.verify("refused")
+		k.remove("the branch point, flattened", "point", "--flatten")
+
+		h.must("snapshot", "template", name("base"))
+		h.fails(7, "template", "snapshot", "delete", name("base"))
+		h.must("snapshot", "template", name("base"), "--off")
+
+		clone := t.TempDir() + "/clone.qcow2"
+		h.must("snapshot", "clone", name("left"), clone)
+		k.want[clone] = k.want[name("left")+" root"]
+		h.fails(12, clone, "snapshot", "delete", name("left"))
+		k.verify("refused for a clone")
+
+		// One that the catalog does not know, found by its header.
+		stranger := vm.dir + "/stranger.qcow2"
+		img(t, q, "create", "-q", "-f", "qcow2", "-b", h.snapshot(name("right")).Disks[0].Path, "-F", "qcow2", stranger)
+		h.fails(12, stranger, "snapshot", "delete", name("right"))
+		if err := os.Remove(stranger); err != nil {
+			t.Fatal(err)
+		}
+		k.verify("refused for a stranger")
+
+		h.must("snapshot", "delete", name("left"), "--keep-layers")
+		k.gone(name("left"))
+		k.want["now root"] = k.now()["now root"]
+		if out, err := exec.Command(q.Tool("qemu-img"), "rebase", "-f", "qcow2", "-b", "", clone).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		k.verify("a layer is kept for a clone")
+		k.remove("all, when nothing is in the way", "base", "right")
+	})
+}
+
+// TestQEMUDeleteStops cancels and pauses deletions that copy slowly, live and when
+// the VM is stopped. What is left can be restored, or says that it cannot.
+func TestQEMUDeleteStops(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		vm := newStill(t, q, "deletestops-"+q.Name, "root.qcow2")
+		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
+		h.await(vm.name, "paused")
+		k := newTree(h, vm)
+		name := func(s string) string { return vm.name + "/" + s }
+		for i, where := range []string{"1M 2M", "3M 3M", "0 3M", "7M 1M"} {
+			k.writeAt(where)
+			k.take([]string{"one", "two", "three", "four"}[i])
+		}
+		for i, way := range []string{"commit", "stream"} {
+			snapshot, stopped := []string{"two", "one"}[i], way == "stream"
+			when := fmt.Sprintf("%s, stopped %v", way, stopped)
+			if stopped {
+				vm.kill()
+				h.await(vm.name, "stopped")
+			}
+			if plan := h.must("snapshot", "delete", name(snapshot), "--dry-run"); !strings.Contains(plan, way) {
+				t.Errorf("%s: the plan is\n%s", when, plan)
+			}
+			id := strings.TrimSpace(h.must("snapshot", "delete", name(snapshot), "--speed", "1KiB", "--detach", "-o", "name"))
+			h.awaitStep(id, way+" root")
+			if s := h.object("snapshot", "show", name(snapshot))["state"]; s != "deleting" {
+				t.Errorf("%s: the snapshot is %v", when, s)
+			}
+			h.fails(11, "operation", "snapshot", "create", vm.name, "x", "--quiesce", "none")
+			h.must("operation", "pause", id)
+			if got := h.must("operation", "show", id); !strings.Contains(got, "running,paused") {
+				t.Errorf("%s: a paused operation is shown as\n%s", when, got)
+			}
+			h.must("operation", "resume", id)
+			if err := h.cancel(id); err != nil {
+				t.Errorf("%s: %v", when, err)
+			}
+			h.eventually(eventLimit, when+": it ends", h.idle)
+			if got := h.object("operation", "show", id)["state"]; got != "cancelled" {
+				t.Errorf("%s: it is %v:\n%s", when, got, h.must("operation", "show", id))
+			}
+			state := h.object("snapshot", "show", name(snapshot))["state"]
+			if want := map[string]string{"commit": "invalid", "stream": "valid"}[way]; state != want {
+				t.Errorf("%s: the snapshot is %v after a cancel", when, state)
+			}
+			if state == "invalid" {
+				h.fails(14, "invalid", "snapshot", "restore", name(snapshot), "--dry-run")
+				h.fails(14, "invalid", "snapshot", "export", name(snapshot), t.TempDir()+"/x.qcow2")
+				// Nobody promises anything of it but that the others are whole.
+				k.want[name(snapshot)+" root"] = hash(h, q, h.snapshot(name(snapshot)).Disks[0])
+			}
+			k.verify(when + ", cancelled")
+		}
+		k.remove("deleted at last, stopped", "one")
+		vm.start()
+		h.await(vm.name, "paused")
+		k.remove("deleted at last", "two")
 	})
 }

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -292,17 +293,19 @@ func (s *still) small(size string) {
 // fill fills a file system but for some bytes.
 func fill(t *testing.T, dir string, left uint64) (free func()) {
 	t.Helper()
-	var st syscall.Statfs_t
-	if err := syscall.Statfs(dir, &st); err != nil {
-		t.Fatal(err)
-	}
-	size := int64(st.Bavail*uint64(st.Bsize)) - int64(left)
 	f, err := os.Create(dir + "/fill")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = f.Close() }()
-	if err := syscall.Fallocate(int(f.Fd()), 0, 0, size); err != nil {
+	for err = syscall.ENOSPC; errors.Is(err, syscall.ENOSPC); { // a VM may write meanwhile
+		var st syscall.Statfs_t
+		if err := syscall.Statfs(dir, &st); err != nil {
+			t.Fatal(err)
+		}
+		err = syscall.Fallocate(int(f.Fd()), 0, 0, int64(st.Bavail*uint64(st.Bsize))-int64(left))
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	return func() {

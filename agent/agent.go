@@ -40,7 +40,10 @@ type Config struct {
 	Limits       op.Limits  // of operations that run at the same time
 	Hooks        HookConfig // the host's own programs around operations
 	MergeSpeed   uint64     // of merges, bytes a second, unless a request says otherwise; 0: no limit
-	MaxChain     int        // layers of a disk that may lie on each other; 0: any number
+	UpkeepSpeed  uint64     // of merges that nobody asked for, bytes a second; 0: there are none
+	// UpkeepInterval is how often it is looked for such merges; 0: never.
+	UpkeepInterval time.Duration
+	MaxChain       int // layers of a disk that may lie on each other; 0: any number
 	// OnOperation, when not nil, is called with every operation that ends.
 	OnOperation func(op.Record)
 	// OnFreezeWindow, when not nil, is called with every freeze window.
@@ -152,6 +155,7 @@ func (a *Agent) run(ctx context.Context, ready func()) error {
 			a.news.tell(event.Event{Kind: event.AgentStarted, Severity: event.Info, Message: "vmsnapd serves requests"})
 			a.group.Go(func() { a.followSchedules(ctx) })
 			a.group.Go(func() { a.followSpace(ctx) })
+			a.group.Go(func() { a.followUpkeep(ctx) })
 			ready()
 		})
 	})

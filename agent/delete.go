@@ -66,6 +66,7 @@ type deletionState struct {
 	Wanted  map[string]bool    // layers that are to go, as for layerTree.next
 	Flatten bool
 	Speed   uint64   // bytes a second; 0: no limit
+	Upkeep  bool     // no snapshot is deleted
 	Dirs    []string // where manifests of the snapshots may be
 	Begun   []string // layers that were committed into, or begun to
 	Merging *merging `json:",omitempty"` // the merge that is about to be done
@@ -236,6 +237,7 @@ func (d *deletion) mergeAll(ctx context.Context) error {
 			return err
 		}
 		maps.Copy(t.kept, d.kept)
+		t.keepLeaves = d.Upkeep
 		m, ok, err := t.next(d.Wanted, d.Flatten, newStacks(at.prefix()).costs(ctx))
 		if err != nil {
 			return fmt.Errorf("VM %s: %w", d.vm.name(), err)

@@ -41,7 +41,7 @@ func (a *Agent) recoverDelete(ctx context.Context, o *op.Op, v *vm, rec op.Recor
 	if rec.State == op.Cancelling || rec.State == op.Reverting {
 		return d.recoverCancelled(ctx)
 	}
-	o.Warn(op.Warning{Code: warnAdopted, Message: "vmsnapd ended while the snapshots were being deleted; the deletion went on when it came back"})
+	o.Warn(op.Warning{Code: warnAdopted, Message: "vmsnapd ended while layers were being merged, which went on when it came back"})
 	o.LetCancel()
 	o.Pausable()
 	o.RevertAtLength("make the snapshots valid again", d.unmark)
@@ -55,6 +55,10 @@ func (a *Agent) recoverDelete(ctx context.Context, o *op.Op, v *vm, rec op.Recor
 		if err := o.Step(ctx, string(d.Merging.Way)+" "+d.Merging.Device, d.recoverMerge); err != nil {
 			return err
 		}
+	}
+	if d.Upkeep {
+		defer d.yield(ctx)()
+		return d.mergeAll(ctx)
 	}
 	return d.toEnd(ctx)
 }

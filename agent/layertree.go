@@ -38,6 +38,8 @@ type layerTree struct {
 	fixed    map[string]string   // layers that may be neither written to nor removed, and why
 	held     map[string][]string // what somebody outside has on a layer, or above it: nothing is done to it
 	kept     map[string]keptLayer
+
+	keepLeaves bool // layers that nobody asked for go only by a merge
 }
 
 // keptLayer is why a layer stays that no snapshot needs any more.
@@ -167,9 +169,10 @@ func (t *layerTree) next(wanted map[string]bool, flatten bool, measure costs) (m
 // withAbandoned adds the layers that nothing needs and nobody asked for. A file that
 // the agent has not made is never among those that would go without a merge.
 func (t *layerTree) withAbandoned(wanted map[string]bool) map[string]bool {
-	all := maps.Clone(wanted)
+	all := map[string]bool{}
+	maps.Copy(all, wanted)
 	for id, l := range t.layers {
-		if _, asked := all[id]; !asked && t.idle(id) && (len(t.children[id]) > 0 || l.Operation != "") {
+		if _, asked := all[id]; !asked && t.idle(id) && (len(t.children[id]) > 0 || l.Operation != "" && !t.keepLeaves) {
 			all[id] = false
 		}
 	}

@@ -71,6 +71,9 @@ func (a *Agent) recipeOf(v *vm, rec op.Record) (op.Recipe, error) {
 	}
 	nothing := fault.New(fault.Failed, "vmsnapd was stopped before operation %s began; nothing was done", rec.ID).
 		WithHint("ask for it again")
+	if rec.Kind == op.KindUpkeep && v != nil {
+		return a.upkeepRecipe(v), nil
+	}
 	if rec.Kind == op.KindDelete && v != nil {
 		var req DeleteRequest
 		if err := json.Unmarshal(rec.Request, &req); err != nil {

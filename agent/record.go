@@ -21,7 +21,7 @@ func (a *Agent) begin(ctx context.Context, spec op.Spec, recipe op.Recipe) (op.R
 	if v != nil && spec.Storage == nil {
 		spec.Storage = v.storage()
 	}
-	return a.ops.Start(ctx, spec, func(ctx context.Context, o *op.Op) error {
+	return a.start(ctx, spec, func(ctx context.Context, o *op.Op) error {
 		a.attended(ctx, o, v, spec.Kind, spec.UID)
 		err := recipe(ctx, o)
 		if !errors.Is(err, op.ErrLeave) {

@@ -170,7 +170,7 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return a.recoverRestore(ctx, o, v, rec, entries)
 	case op.KindClone:
 		return a.recoverClone(ctx, o, entries)
-	case op.KindDelete:
+	case op.KindDelete, op.KindUpkeep:
 		return a.recoverDelete(ctx, o, v, rec, entries)
 	case op.KindExport:
 		return a.recoverExport(o, entries)

@@ -36,6 +36,7 @@ type Op struct {
 	wasAsked  bool   // a cancel was acknowledged before it was taken over
 	leaves    bool   // a stop of the daemon does not cancel it
 	pausable  bool   // the recipe looks at whether it is paused
+	yields    bool   // it rests for a reason of its own
 	unsaved   bool   // it has ended and the store does not know
 	reverts   []reversion
 	cleanups  []func()

@@ -19,7 +19,18 @@ func (o *Op) Pausable() {
 func (o *Op) Rests() (rests bool, changed <-chan struct{}) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.rec.Paused, o.changed
+	return o.rec.Paused || o.yields, o.changed
+}
+
+// Yield makes the operation rest, or go on, for a reason of its own. It is not
+// shown as paused.
+func (o *Op) Yield(rests bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.yields != rests {
+		o.yields = rests
+		o.wake()
+	}
 }
 
 // Pause asks an operation to rest until GoOn, and returns without waiting for

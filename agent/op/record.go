@@ -24,6 +24,7 @@ const (
 	KindPreviewUndo   Kind = "preview-undo"   // go back
 	KindRepair        Kind = "repair"         // put right what the doctor has found
 	KindDelete        Kind = "delete"         // delete snapshots, and merge what nothing needs any more
+	KindUpkeep        Kind = "upkeep"         // merge layers that nothing needs any more
 	KindExport        Kind = "export"         // make a standalone image of a snapshot's disk
 	KindClone         Kind = "clone"          // make a disk or a VM from a snapshot
 	KindSettle        Kind = "settle"         // point launch paths at the active layers of a stopped VM

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -83,5 +84,30 @@ func expect(t *testing.T, err error, want string) {
 		t.Errorf("got %v; want %q", err, want)
 	case want != "" && fault.Of(err) != fault.Usage:
 		t.Errorf("its kind is %s", fault.Of(err))
+	}
+}
+
+func TestCheckDelete(t *testing.T) {
+	for name, c := range map[string]struct {
+		req  *vmsnapv1.DeleteSnapshotsRequest
+		want string // empty when it is allowed
+	}{
+		"named":       {&vmsnapv1.DeleteSnapshotsRequest{Snapshots: []string{"web/one"}}, ""},
+		"chosen":      {&vmsnapv1.DeleteSnapshotsRequest{Vm: "web", OlderThan: durationpb.New(time.Hour)}, ""},
+		"negative":    {&vmsnapv1.DeleteSnapshotsRequest{Vm: "web", OlderThan: durationpb.New(-1)}, "older_than"},
+		"no duration": {&vmsnapv1.DeleteSnapshotsRequest{Vm: "web", OlderThan: &durationpb.Duration{Nanos: -1, Seconds: 1}}, "older_than"},
+		"empty name":  {&vmsnapv1.DeleteSnapshotsRequest{Snapshots: []string{""}}, "snapshots has an empty entry"},
+		"long name":   {&vmsnapv1.DeleteSnapshotsRequest{Snapshots: []string{strings.Repeat("x", maxRef+1)}}, "an entry of snapshots has 1025"},
+		"long VM":     {&vmsnapv1.DeleteSnapshotsRequest{Vm: strings.Repeat("x", maxRef+1)}, "vm has 1025"},
+		"long label":  {&vmsnapv1.DeleteSnapshotsRequest{Vm: "web", Labels: map[string]string{"x": strings.Repeat("x", 1025)}}, "a label's value has 1025"},
+		"long id":     {&vmsnapv1.DeleteSnapshotsRequest{Vm: "web", RequestId: strings.Repeat("x", 129)}, "request_id has 129"},
+	} {
+		_, err := deleteRequest(context.WithValue(t.Context(), peerKey{}, Peer{UID: 7}), c.req)
+		switch {
+		case c.want == "" && err != nil:
+			t.Errorf("%s: %v", name, err)
+		case c.want != "" && (fault.Of(err) != fault.Usage || !strings.Contains(err.Error(), c.want)):
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

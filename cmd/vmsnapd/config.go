@@ -56,8 +56,10 @@ type config struct {
 	MaxOperations           int
 	MaxOperationsPerStorage int
 
-	MergeSpeed int // MiB a second
-	MaxChain   int
+	MergeSpeed     int // MiB a second
+	UpkeepSpeed    int // the same
+	UpkeepInterval time.Duration
+	MaxChain       int
 
 	ScheduleMaxKeep int
 	ScheduleMaxAge  time.Duration
@@ -78,6 +80,7 @@ func (c *config) settings() map[string]any {
 		"profiles":       &c.Profiles,
 		"max-operations": &c.MaxOperations, "max-operations-per-storage": &c.MaxOperationsPerStorage,
 		"merge-speed": &c.MergeSpeed, "max-chain": &c.MaxChain,
+		"upkeep-speed": &c.UpkeepSpeed, "upkeep-interval": &c.UpkeepInterval,
 		"schedule-max-keep": &c.ScheduleMaxKeep, "schedule-max-age": &c.ScheduleMaxAge,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
 	}
@@ -115,6 +118,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.IntVar(&c.MaxOperations, "max-operations", 0, "how many operations run at the same time (default: any number)")
 	f.IntVar(&c.MaxOperationsPerStorage, "max-operations-per-storage", 0, "how many of them on the same file system or device (default: any number)")
 	f.IntVar(&c.MergeSpeed, "merge-speed", 0, "`MiB` a second that deleting a snapshot copies at most, unless its request says otherwise (default: any number)")
+	f.IntVar(&c.UpkeepSpeed, "upkeep-speed", 32, "`MiB` a second that merging layers which were left over copies at most; 0: they stay")
+	f.DurationVar(&c.UpkeepInterval, "upkeep-interval", 10*time.Minute, "how often it is looked for such layers; 0: never")
 	f.IntVar(&c.MaxChain, "max-chain", agent.DefaultMaxChain, "how many layers of a disk may lie on each other; 0: any number")
 	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look")
 	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw")
@@ -276,6 +281,12 @@ func (c *config) check() error {
 func (c *config) checkMerges() error {
 	if c.MergeSpeed < 0 {
 		return c.wrong("merge-speed", "%d is less than 0", c.MergeSpeed)
+	}
+	if c.UpkeepSpeed < 0 {
+		return c.wrong("upkeep-speed", "%d is less than 0", c.UpkeepSpeed)
+	}
+	if c.UpkeepInterval < 0 {
+		return c.wrong("upkeep-interval", "%s is less than 0", c.UpkeepInterval)
 	}
 	if c.MaxChain < 0 || c.MaxChain == 1 {
 		return c.wrong("max-chain", "%d is neither 0 nor at least 2", c.MaxChain)

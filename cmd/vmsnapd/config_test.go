@@ -69,6 +69,8 @@ func TestConfigErrorsNameTheSetting(t *testing.T) {
 		"metrics-listen: localhost\n":                 "vmsnapd.yaml:1: metrics-listen: ",
 		"max-operations: -1\n":                        "vmsnapd.yaml:1: max-operations: ",
 		"merge-speed: -1\n":                           "vmsnapd.yaml:1: merge-speed: ",
+		"upkeep-speed: -1\n":                          "vmsnapd.yaml:1: upkeep-speed: ",
+		"upkeep-interval: -1s\n":                      "vmsnapd.yaml:1: upkeep-interval: ",
 		"max-chain: 1\n":                              "vmsnapd.yaml:1: max-chain: ",
 		"max-operations-per-storage: many\n":          "vmsnapd.yaml:1: max-operations-per-storage: must be a number",
 		"hooks-dir: hooks.d\n":                        "vmsnapd.yaml:1: hooks-dir: ",

@@ -107,8 +107,11 @@ func TestStopLeavesThoseThatAskForIt(t *testing.T) {
 			}
 		})
 		synctest.Wait()
+		ended := make(chan error)
+		go func() { ended <- r.Shutdown(t.Context()) }()
+		synctest.Wait() // a cancel would have come by now
 		close(stop)
-		if err := r.Shutdown(t.Context()); err != nil {
+		if err := <-ended; err != nil {
 			t.Error(err)
 		}
 		if got := store.stored(t, rec.ID); got.State.Final() {

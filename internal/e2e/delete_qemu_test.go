@@ -15,13 +15,14 @@ import (
 func (k *tree) remove(when string, names ...string) {
 	k.h.t.Helper()
 	args := []string{"snapshot", "delete"}
-	for i, name := range names {
+	for _, name := range names {
 		if !strings.HasPrefix(name, "--") {
-			names[i] = k.vm.name + "/" + name
+			name = k.vm.name + "/" + name
+			k.gone(name)
 		}
+		args = append(args, name)
 	}
-	k.h.must(append(args, names...)...)
-	k.gone(names...)
+	k.h.must(args...)
 	k.verify(when)
 }
 
@@ -43,7 +44,8 @@ func TestQEMUDelete(t *testing.T) {
 				t.Errorf("the plan does not say %q:\n%s", want, plan)
 			}
 		}
-		k.remove("a middle one, live", "three")
+		k.remove("a middle one, live", "three", "--request-id=again")
+		h.must("snapshot", "delete", vm.name+"/three", "--request-id=again") // a repeated request
 		k.remove("the first, live", "one")
 		k.remove("the newest, live", "seven")
 		h.launchesActive(vm, "live")

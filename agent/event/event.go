@@ -9,6 +9,7 @@ type Kind string
 const (
 	AgentStarted     Kind = "agent-started"     // vmsnapd serves requests
 	AgentStopped     Kind = "agent-stopped"     // vmsnapd stops in order
+	CallMade         Kind = "call-made"         // a call that was to change something
 	CallRefused      Kind = "call-refused"      // a caller's role did not permit a call
 	EventsLost       Kind = "events-lost"       // events could not be recorded
 	GuestFrozen      Kind = "guest-frozen"      // a guest's file systems were frozen
@@ -30,7 +31,7 @@ const (
 
 // Kinds are all kinds, sorted.
 var Kinds = []Kind{
-	AgentStarted, AgentStopped, CallRefused, EventsLost, GuestFrozen, GuestThawed, OperationBegan, OperationEnded,
+	AgentStarted, AgentStopped, CallMade, CallRefused, EventsLost, GuestFrozen, GuestThawed, OperationBegan, OperationEnded,
 	OperationWarning, ScheduleChanged, ScheduleMissed, ScheduleSkipped, SnapshotDeleted, SnapshotRenamed, ThawUnresolved,
 	VMForgotten, VMFound, VMStarted, VMStopped,
 }

@@ -15,14 +15,20 @@ import (
 	"github.com/vmsnap/vmsnap/agent/fault"
 )
 
-// calls is the interceptor around every permitted call: it logs the call and
-// gives its error the form of the wire.
-type calls struct{ log hclog.Logger }
+// calls is the interceptor around every permitted call: it logs the call, tells
+// of one that was to change something, and gives its error the form of the wire.
+type calls struct {
+	log  hclog.Logger
+	made func(agent.Call) // may be nil
+}
 
 func (c calls) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		started := time.Now()
 		res, err := next(ctx, req)
+		if peer, known := peerFrom(ctx); known && c.made != nil && changes(req.Spec().Procedure) {
+			c.made(made(peer, req, res, err))
+		}
 		return res, c.finish(ctx, req.Spec().Procedure, started, err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"connectrpc.com/grpcreflect"
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/api/vmsnap/v1/vmsnapv1connect"
 )
 
@@ -24,6 +25,9 @@ type Options struct {
 	// Refused, when not nil, is called with every call that a peer's role did not
 	// permit.
 	Refused func(uid uint32, pid int32, procedure, reason string)
+	// Made, when not nil, is called with every call that was permitted and was to
+	// change something, when it has ended.
+	Made func(agent.Call)
 }
 
 // NewHandler returns the handler of the whole API: the services, health
@@ -38,7 +42,7 @@ func NewHandler(backend Backend, opts Options) http.Handler {
 	common := []connect.HandlerOption{
 		connect.WithReadMaxBytes(maxRequest),
 		connect.WithRequestGate(door.gate),
-		connect.WithInterceptors(calls{log: log}),
+		connect.WithInterceptors(calls{log, opts.Made}),
 		connect.WithRecover(recovered(log)),
 	}
 	served := []string{

@@ -103,3 +103,33 @@ func TestConfigFileThatWasNamedMustExist(t *testing.T) {
 		t.Errorf("the default file is missing: %v", err)
 	}
 }
+
+// FuzzConfig takes any text for a settings file: it is refused, or what it says
+// can be used.
+func FuzzConfig(f *testing.F) {
+	for _, text := range []string{
+		"", "state-dir: /srv/a\noverlay-dir: /srv/overlays/\nlog-level: debug\nadmins: [daemon]\nscan-only: true\n",
+		"hook-timeouts: {post-snapshot: 1h}\nhooks-fail-closed: [pre-freeze]\n", "event-max-age: 48h\nevent-keep: 50\n",
+		"profiles:\n  nightly:\n    exclude: 'scr*'\n    quiesce: none\n    labels: {of: nightly}\n",
+		"a: &a [*a]\n", "max-operations: 99999999999999999999\n", "viewers: [\"\\x00\"]\n", "webhook-url: http://[::1]:x\n", "socket: ../x\n",
+	} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		c, err := loadConfig(t, text)
+		if err != nil {
+			if len(err.Error()) > 1<<16 {
+				t.Errorf("an error of %d bytes", len(err.Error()))
+			}
+			return
+		}
+		for name, path := range map[string]string{"state-dir": c.StateDir, "run-dir": c.RunDir, "socket": c.Socket} {
+			if !filepath.IsAbs(path) || strings.ContainsRune(path, 0) {
+				t.Errorf("%s is %q", name, path)
+			}
+		}
+		if c.MaxOperations < 0 || c.MaxOperationsPerStorage < 0 || c.EventKeep < 0 || c.EventMaxAge < 0 || c.HookTimeout < 0 {
+			t.Errorf("%+v", c)
+		}
+	})
+}

@@ -158,7 +158,8 @@ func serve(ctx context.Context, from source, c config) error {
 	group.Go(func() error {
 		return a.Run(ctx, func() {
 			group.Go(func() error {
-				return rpc.Serve(ctx, listener, rpc.NewHandler(a, rpc.Options{Logger: log.Named("rpc"), Roles: roles, Version: version, Refused: a.CallRefused}), log.Named("rpc"))
+				opts := rpc.Options{Logger: log.Named("rpc"), Roles: roles, Version: version, Refused: a.CallRefused, Made: a.CallMade}
+				return rpc.Serve(ctx, listener, rpc.NewHandler(a, opts), log.Named("rpc"))
 			})
 			log.Info("ready", "version", version, "socket", c.Socket, "metrics", c.MetricsListen)
 			group.Go(func() error { return underSystemd(ctx, client.New(c.Socket), log) })

@@ -421,6 +421,9 @@ func TestQEMUHungVMDelaysNobody(t *testing.T) {
 		h := newHostOf(t, map[string]string{hung.name: hung.uuid, other.name: other.uuid})
 		h.await(hung.name, "paused")
 		h.await(other.name, "paused")
+		h.must("snapshot", "create", other.name, "first", "--quiesce", "none")
+		h.Close()
+		base := h.size()
 		if err := hung.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}
@@ -452,5 +455,7 @@ func TestQEMUHungVMDelaysNobody(t *testing.T) {
 		if r := waiting.end(); r.code != 0 {
 			t.Errorf("after QEMU went on: %+v", r)
 		}
+		h.Close()
+		h.returnsTo(base)
 	})
 }

@@ -190,14 +190,20 @@ func TestQEMUTheDaemonDoesNotGrow(t *testing.T) {
 			c.end()
 		}
 		b.Close()
-		var now size
-		b.eventually(eventLimit, "the daemon is as it was", func() error {
-			now = b.size()
-			if now.goroutines > base.goroutines+2 || now.files > base.files+1 || now.threads > base.threads+8 {
-				return fmt.Errorf("%+v, at first %+v", now, base)
-			}
-			return nil
-		})
-		t.Logf("%+v, at first %+v", now, base)
+		b.returnsTo(base)
 	})
+}
+
+// returnsTo waits until the daemon is as it was.
+func (h *host) returnsTo(base size) {
+	h.t.Helper()
+	var now size
+	h.eventually(eventLimit, "the daemon is as it was", func() error {
+		now = h.size()
+		if now.goroutines > base.goroutines+2 || now.files > base.files+1 || now.threads > base.threads+8 {
+			return fmt.Errorf("%+v, at first %+v", now, base)
+		}
+		return nil
+	})
+	h.t.Logf("%+v, at first %+v", now, base)
 }

@@ -36,6 +36,11 @@ var mutants = []mutant{
 		pkg: "./agent/catalog", test: "TestPowerCut", says: "acknowledged",
 	},
 	{
+		name: "no mark before a merge", file: "agent/delete.go",
+		old: "return d.setStates(ctx, func(_, _ catalog.Snapshot) catalog.PointState { return catalog.PointDeleting })", new: "return nil",
+		pkg: "./internal/e2e", test: "TestQEMUWhatIsDeletedIsMarkedFirst", says: "QEMU is about to merge a layer of a snapshot", slow: true,
+	},
+	{
 		name: "the guest runs before its writes are tracked", file: "memdump/background.go",
 		old: "return m.RAM.Normal+m.RAM.Duplicate > 0, nil", new: "return m.Status == monitor.MigrationActive, nil",
 		pkg: "./memdump", test: "TestNoContBeforeTracking", says: "cont after",

@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
@@ -62,8 +63,29 @@ var torments = []torment{
 			}
 			b.vm.holds(trial, when+", kept")
 		},
+	}, {
+		name: "delete",
+		ready: func(b *bench, old int) {
+			b.must("snapshot", "create", b.vm.name, fmt.Sprint("d", old), "--quiesce", "none")
+			b.vm.write(newer)
+		},
+		args: func(vm string, old int) []string {
+			return []string{"snapshot", "delete", fmt.Sprint(vm, "/d", old)}
+		},
+		ends: func(b *bench, old int, when string) {
+			b.vm.holds(newer, when)
+			name := fmt.Sprint(b.vm.name, "/d", old)
+			if r := b.run("snapshot", "show", name, "-o", "json"); r.code == 0 && strings.Contains(r.stdout, `"state": "valid"`) {
+				for _, d := range b.snapshot(name).Disks {
+					b.vm.imageHolds(d, old, when+": it is offered still")
+				}
+			}
+		},
 	},
 }
+
+// newer is what the disks hold since the snapshot that is deleted.
+const newer = 253
 
 // opensPreview opens a preview of "one" and writes to it.
 func (b *bench) opensPreview(int) {
@@ -165,8 +187,8 @@ func (b *bench) torment(kind torment, p point, old int) (struck bool) {
 	if left := b.journal(); len(left) > 0 {
 		b.t.Errorf("%s: the journal holds %v", when, left)
 	}
-	if b.run("snapshot", "show", b.vm.name+"/one").code != 0 {
-		b.t.Errorf("%s: an acknowledged snapshot is lost", when)
+	for _, d := range b.snapshot(b.vm.name + "/one").Disks { // it is there, or this fails
+		b.vm.imageHolds(d, 1, when+": an acknowledged snapshot")
 	}
 	tally.add("operations of a VM whose state is the one before or the one after", 1)
 	return struck

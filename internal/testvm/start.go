@@ -40,6 +40,14 @@ func OnOneQEMU(t *testing.T, f func(t *testing.T, q QEMU)) {
 // logs of the guest of a failed test are shown.
 func Start(t testing.TB, c Config) *Guest {
 	t.Helper()
+	takeSlot(t)
+	return StartAside(t, c)
+}
+
+// StartAside is Start for a test that waits for minutes while its guest does next
+// to nothing: it takes no turn from the others.
+func StartAside(t testing.TB, c Config) *Guest {
+	t.Helper()
 	if c.QEMU.Binary == "" {
 		versions, err := Versions()
 		if err != nil {
@@ -47,7 +55,6 @@ func Start(t testing.TB, c Config) *Guest {
 		}
 		c.QEMU = versions[len(versions)-1]
 	}
-	takeSlot(t)
 	ours := c.Dir == ""
 	g, err := Launch(t.Context(), c)
 	if err != nil {

@@ -173,7 +173,7 @@ func (a *Agent) recognise(ctx context.Context, v *vm, r *run, d *liveDisk) error
 	}
 	disk := catalog.Disk{VMID: vmID, Device: d.drive.Device}
 	for _, k := range disks {
-		if k.Device != d.drive.Device {
+		if k.Device != d.drive.Device || k.Removed {
 			continue
 		}
 		if covered(layers, k.ID) {
@@ -197,6 +197,7 @@ func (a *Agent) known(ctx context.Context, v *vm, r *run, d *liveDisk, disk cata
 		}
 		disk.Device = d.drive.Device
 	}
+	disk.Removed = false
 	relaunched(r.proc, d, &disk, &l)
 	if disk != was || l != layer {
 		if err := a.putLayers(ctx, []catalog.Layer{l}, []catalog.Disk{disk}); err != nil {
@@ -216,6 +217,7 @@ func relaunched(p discover.Process, d *liveDisk, disk *catalog.Disk, active *cat
 	if d.launch.File == "" {
 		return // it was plugged in later
 	}
+	disk.Attached = false
 	permanent := active.Path
 	if permanent == disk.LaunchPath {
 		permanent = "" // it has none yet

@@ -22,10 +22,12 @@ type Caller struct {
 	Groups   []uint32 `json:",omitempty"` // supplementary groups
 }
 
-// The permissions of a directory, as the mode has them for one class of users.
+// The permissions of a directory or file, as the mode has them for one class of
+// users.
 const (
 	maySearch = 1
 	mayWrite  = 2
+	mayRead   = 4
 )
 
 // may reports whether a mode permits something to the caller.
@@ -55,10 +57,15 @@ func checkPlace(path string) error {
 	return nil
 }
 
-// openPlace opens a directory that the caller may make files in. It follows no
-// symbolic link, so that what was looked at is what is opened, and tells nothing
-// of what the caller may not see.
-func (c Caller) openPlace(path string) (root *os.Root, err error) {
+// openPlace opens a directory that the caller may make files in.
+func (c Caller) openPlace(path string) (*os.Root, error) {
+	return c.openDirectory(path, maySearch|mayWrite)
+}
+
+// openDirectory opens a directory in which the caller may do something. It
+// follows no symbolic link, so that what was looked at is what is opened, and
+// tells nothing of what the caller may not see.
+func (c Caller) openDirectory(path string, want uint32) (root *os.Root, err error) {
 	at, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
@@ -87,7 +94,7 @@ func (c Caller) openPlace(path string) (root *os.Root, err error) {
 			return nil, err
 		}
 	}
-	if err := c.check(at, way, maySearch|mayWrite); err != nil {
+	if err := c.check(at, way, want); err != nil {
 		return nil, err
 	}
 	return os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", at))
@@ -135,4 +142,37 @@ func (c Caller) check(fd int, path string, want uint32) error {
 		return fmt.Errorf("directory %s: access control list: %w", path, err)
 	}
 	return nil
+}
+
+// openImage opens an image that the caller may read and write, for reading.
+func (c Caller) openImage(path string) (*os.File, error) {
+	if err := checkPlace(path); err != nil {
+		return nil, err
+	}
+	dir, err := c.openDirectory(filepath.Dir(path), maySearch)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = dir.Close() }()
+	if fi, err := dir.Lstat(filepath.Base(path)); err == nil && fi.Mode()&fs.ModeSymlink != 0 {
+		return nil, fault.New(fault.Denied, "%s is a symbolic link", path).WithHint("name the file by its own path")
+	}
+	f, err := dir.OpenFile(filepath.Base(path), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fault.New(fault.NotFound, "there is no file %s", path)
+	case err != nil:
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	var st unix.Stat_t
+	err = unix.Fstat(int(f.Fd()), &st)
+	if kind := st.Mode & unix.S_IFMT; err == nil && kind != unix.S_IFREG && kind != unix.S_IFBLK {
+		err = fault.New(fault.Usage, "%s is neither a file nor a block device", path)
+	} else if err == nil && !c.may(st.Uid, st.Gid, st.Mode, mayRead|mayWrite) {
+		err = fault.New(fault.Denied, "uid %d may not read and write %s", c.UID, path)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }

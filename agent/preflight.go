@@ -51,6 +51,7 @@ const (
 	warnLauncher           = "launcher"
 	warnHook               = "hook-failed"
 	warnLeftBehind         = "left-behind"
+	warnAttached           = "attached-until-end"
 	warnMember             = "vm-dropped"
 	warnSkew               = "skew-exceeded"
 )

@@ -103,6 +103,9 @@ func (a *Agent) recover(ctx context.Context) {
 // recovered lets others change a VM's disks again.
 func (a *Agent) recovered(ctx context.Context, v *vm) {
 	v.release()
+	if r, err := v.alone(); err == nil && r == nil {
+		a.dropDetached(ctx, v, nil)
+	}
 	a.settleStopped(ctx, v)
 	a.lookAgain(ctx, v)
 }
@@ -168,6 +171,10 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return a.recoverPreviewCommit(ctx, o, v)
 	case op.KindRestore, op.KindPreview, op.KindPreviewUndo:
 		return a.recoverRestore(ctx, o, v, rec, entries)
+	case op.KindAttach:
+		return a.recoverAttach(ctx, o, v, entries)
+	case op.KindDetach:
+		return a.recoverDetach(ctx, o, v, entries)
 	case op.KindClone:
 		return a.recoverClone(ctx, o, entries)
 	case op.KindDelete, op.KindUpkeep:

@@ -195,13 +195,15 @@ const passing = 100 * time.Millisecond
 
 // followEvents takes in QEMU's events until the session ends.
 func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Session, sub *monitor.Subscription) {
-	var again <-chan time.Time
+	var again, freed <-chan time.Time
 	var lost uint64
 	for {
 		status := false
 		select {
 		case <-again:
 			status = true
+		case <-freed:
+			a.lookAtDisks(ctx, v, r, s)
 		case e, ok := <-sub.C:
 			if !ok {
 				return
@@ -216,9 +218,8 @@ func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Sess
 			switch e.Name {
 			case "RESET":
 			case "DEVICE_DELETED":
-				if _, err := a.refreshDisks(ctx, v, r, s); err != nil {
-					a.log.Debug("disks unknown", "vm", v.name(), "error", err)
-				}
+				a.lookAtDisks(ctx, v, r, s)
+				freed = time.After(freeing)
 			case "VSERPORT_CHANGE":
 				if r.proc.GuestAgent.Chardev != "" {
 					continue // the event has said it
@@ -240,6 +241,17 @@ func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Sess
 		if r.inPassing() {
 			again = time.After(passing)
 		}
+	}
+}
+
+// freeing is how long QEMU takes to free a device that it has said is deleted:
+// until then its disk is still there.
+const freeing = 500 * time.Millisecond
+
+// lookAtDisks brings what is shown of the disks up to date.
+func (a *Agent) lookAtDisks(ctx context.Context, v *vm, r *run, s *monitor.Session) {
+	if _, err := a.refreshDisks(ctx, v, r, s); err != nil {
+		a.log.Debug("disks unknown", "vm", v.name(), "error", err)
 	}
 }
 
@@ -402,6 +414,9 @@ func (a *Agent) refreshDisks(ctx context.Context, v *vm, r *run, s *monitor.Sess
 		return registered, err
 	}
 	disks := a.liveDisks(ctx, v, r, g, registered)
+	if registered {
+		a.dropDetached(ctx, v, disks)
+	}
 	r.mu.Lock()
 	r.disks = disks
 	r.mu.Unlock()

@@ -217,6 +217,7 @@ func (a *Agent) exited(ctx context.Context, p discover.Process) {
 // it runs.
 func (a *Agent) ended(ctx context.Context, v *vm, r *run, how string) {
 	if a.takeOff(ctx, v, r, how) {
+		a.dropDetached(context.WithoutCancel(ctx), v, nil)
 		a.settleStopped(ctx, v)
 	}
 }

@@ -32,7 +32,7 @@ const (
 )
 
 var (
-	kinds = []op.Kind{op.KindSnapshot, op.KindFreeze, op.KindSettle, op.KindVerify, op.KindRestore, op.KindPreview, op.KindPreviewCommit, op.KindPreviewUndo, op.KindRepair, op.KindExport, op.KindClone, op.KindDelete, op.KindUpkeep}
+	kinds = []op.Kind{op.KindSnapshot, op.KindFreeze, op.KindSettle, op.KindVerify, op.KindRestore, op.KindPreview, op.KindPreviewCommit, op.KindPreviewUndo, op.KindRepair, op.KindExport, op.KindClone, op.KindAttach, op.KindDetach, op.KindDelete, op.KindUpkeep}
 
 	faults = []fault.Kind{
 		fault.Failed, fault.Usage, fault.NotFound, fault.NotQuiesced, fault.NoSpace, fault.Denied, fault.Unresponsive,

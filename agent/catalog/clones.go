@@ -57,6 +57,15 @@ func (r reader) Clone(ctx context.Context, path string) (Clone, error) {
 	return c, err
 }
 
+// CloneByInode returns the clone that is a file, or fault.NotFound.
+func (r reader) CloneByInode(ctx context.Context, dev, ino uint64) (Clone, error) {
+	c, ok, err := queryOne(ctx, r, scanClone, selectClone+" WHERE c.ino = ? AND c.dev = ? ORDER BY c.created DESC LIMIT 1", int64(ino), int64(dev))
+	if err == nil && !ok {
+		err = notFound("no clone with the inode %d on device %d", ino, dev)
+	}
+	return c, err
+}
+
 // DeleteClone forgets a clone. One that is not known is no error.
 func (tx *Tx) DeleteClone(ctx context.Context, path string) error {
 	_, err := tx.exec(ctx, "DELETE FROM clones WHERE path = ?", path)

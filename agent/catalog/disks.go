@@ -6,16 +6,16 @@ import (
 	"github.com/vmsnap/vmsnap/agent/fault"
 )
 
-const diskColumns = "id, vm, device, launch_path, launch_format, active_layer, settle_needed, removed"
+const diskColumns = "id, vm, device, launch_path, launch_format, active_layer, settle_needed, removed, attached"
 
 func scanDisk(row scanner) (Disk, error) {
 	var d Disk
-	err := row.Scan(&d.ID, &d.VMID, &d.Device, &d.LaunchPath, &d.LaunchFormat, &d.ActiveLayer, &d.SettleNeeded, &d.Removed)
+	err := row.Scan(&d.ID, &d.VMID, &d.Device, &d.LaunchPath, &d.LaunchFormat, &d.ActiveLayer, &d.SettleNeeded, &d.Removed, &d.Attached)
 	return d, err
 }
 
 // selectDisk selects diskColumns, "" for no active layer.
-const selectDisk = `SELECT id, vm, device, launch_path, launch_format, ifnull(active_layer, ''), settle_needed, removed FROM disks`
+const selectDisk = `SELECT id, vm, device, launch_path, launch_format, ifnull(active_layer, ''), settle_needed, removed, attached FROM disks`
 
 // UpsertDisk records a disk and returns it as it is recorded. With an ID it
 // replaces the disk of that ID; without, the one of the same VM and device that
@@ -50,11 +50,11 @@ func (tx *Tx) UpsertDisk(ctx context.Context, d Disk) (Disk, error) {
 		}
 	}
 	_, err = tx.exec(ctx, `
-		INSERT INTO disks (`+diskColumns+`) VALUES (?, ?, ?, ?, ?, nullif(?, ''), ?, ?)
+		INSERT INTO disks (`+diskColumns+`) VALUES (?, ?, ?, ?, ?, nullif(?, ''), ?, ?, ?)
 		ON CONFLICT (id) DO UPDATE SET vm = excluded.vm, device = excluded.device, launch_path = excluded.launch_path,
 			launch_format = excluded.launch_format, active_layer = excluded.active_layer,
-			settle_needed = excluded.settle_needed, removed = excluded.removed`,
-		d.ID, d.VMID, d.Device, d.LaunchPath, d.LaunchFormat, d.ActiveLayer, d.SettleNeeded, d.Removed)
+			settle_needed = excluded.settle_needed, removed = excluded.removed, attached = excluded.attached`,
+		d.ID, d.VMID, d.Device, d.LaunchPath, d.LaunchFormat, d.ActiveLayer, d.SettleNeeded, d.Removed, d.Attached)
 	return d, err
 }
 

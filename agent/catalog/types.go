@@ -33,6 +33,7 @@ type Disk struct {
 	ActiveLayer  string // id of the layer that is written to
 	SettleNeeded bool   // the launch path does not name the active layer yet
 	Removed      bool   // no longer a disk of the VM
+	Attached     bool   // plugged in by the agent while QEMU runs, with which it ends
 }
 
 // Layer is one image file of a disk.

@@ -27,6 +27,8 @@ const (
 	KindUpkeep        Kind = "upkeep"         // merge layers that nothing needs any more
 	KindExport        Kind = "export"         // make a standalone image of a snapshot's disk
 	KindClone         Kind = "clone"          // make a disk or a VM from a snapshot
+	KindAttach        Kind = "attach"         // plug a disk into a running VM
+	KindDetach        Kind = "detach"         // take one out
 	KindSettle        Kind = "settle"         // point launch paths at the active layers of a stopped VM
 )
 

@@ -37,6 +37,8 @@ type Backend interface {
 	CommitPreview(ctx context.Context, vm string, uid uint32) (op.Record, error)
 	UndoPreview(ctx context.Context, vm string, uid uint32) (op.Record, error)
 	ExportSnapshot(ctx context.Context, req agent.ExportRequest) (op.Record, error)
+	AttachDisk(ctx context.Context, req agent.AttachRequest) (op.Record, error)
+	DetachDisk(ctx context.Context, req agent.DetachRequest) (op.Record, error)
 	CloneDisk(ctx context.Context, req agent.CloneDiskRequest) (op.Record, error)
 	ForgetClone(ctx context.Context, path string) error
 	SetTemplate(ctx context.Context, ref string, template bool) (agent.SnapshotView, error)

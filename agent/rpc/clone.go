@@ -108,3 +108,53 @@ func (s snapshotService) SetTemplate(ctx context.Context, req *connect.Request[v
 func cloneProto(c agent.CloneView) *vmsnapv1.Clone {
 	return &vmsnapv1.Clone{Disk: text(c.Disk), Path: text(c.Path), VmName: text(c.VM), Created: stamp(c.Created), Missing: c.Missing}
 }
+
+func (s vmService) AttachDisk(ctx context.Context, req *connect.Request[vmsnapv1.AttachDiskRequest]) (*connect.Response[vmsnapv1.AttachDiskResponse], error) {
+	msg := req.Msg
+	if _, known := imageFormats[msg.GetFormat()]; !known {
+		return nil, usage("format has the unknown value %d", msg.GetFormat())
+	}
+	err := first(
+		checkRef("vm", msg.GetVm()),
+		checkPath("path", msg.GetPath()),
+		checkLength("device", msg.GetDevice(), maxRef),
+		checkLength("bus", msg.GetBus(), maxRef),
+		checkLength("request_id", msg.GetRequestId(), maxRequestID),
+	)
+	if err != nil {
+		return nil, err
+	}
+	who, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	record, err := s.backend.AttachDisk(ctx, agent.AttachRequest{
+		VM: msg.GetVm(), Path: msg.GetPath(), Format: imageFormats[msg.GetFormat()], Device: msg.GetDevice(), Bus: msg.GetBus(),
+		Caller: who, RequestID: msg.GetRequestId(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.AttachDiskResponse{Operation: operationProto(record)}), nil
+}
+
+func (s vmService) DetachDisk(ctx context.Context, req *connect.Request[vmsnapv1.DetachDiskRequest]) (*connect.Response[vmsnapv1.DetachDiskResponse], error) {
+	msg := req.Msg
+	err := first(
+		checkRef("vm", msg.GetVm()),
+		checkRef("device", msg.GetDevice()),
+		checkLength("request_id", msg.GetRequestId(), maxRequestID),
+	)
+	if err != nil {
+		return nil, err
+	}
+	who, err := uid(ctx)
+	if err != nil {
+		return nil, err
+	}
+	record, err := s.backend.DetachDisk(ctx, agent.DetachRequest{VM: msg.GetVm(), Device: msg.GetDevice(), RequestID: msg.GetRequestId(), UID: who})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.DetachDiskResponse{Operation: operationProto(record)}), nil
+}

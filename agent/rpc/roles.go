@@ -53,6 +53,8 @@ var needed = map[string]Role{
 	vmsnapv1connect.VMServiceDiagnoseVMProcedure:     Operator,
 	vmsnapv1connect.VMServiceRepairVMProcedure:       Operator,
 	vmsnapv1connect.VMServiceForgetVMProcedure:       Admin,
+	vmsnapv1connect.VMServiceAttachDiskProcedure:     Admin,
+	vmsnapv1connect.VMServiceDetachDiskProcedure:     Admin,
 	vmsnapv1connect.VMServiceRebuildCatalogProcedure: Admin,
 
 	vmsnapv1connect.SnapshotServiceListSnapshotsProcedure:  Viewer,

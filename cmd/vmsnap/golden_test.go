@@ -172,6 +172,9 @@ func TestOutput(t *testing.T) {
 		"template":              {line: "snapshot template web/nightly"},
 		"template-off":          {line: "snapshot template web/nightly --off"},
 		"disk-forget-unknown":   {line: "disk forget /srv/a.qcow2"},
+		"disk-attach":           {line: "disk attach web /srv/a.qcow2 --device third", setup: plugs},
+		"disk-detach":           {line: "disk detach web third", setup: plugs},
+		"usage-attach-format":   {line: "disk attach web /srv/a.vmdk --format vmdk"},
 		"usage-export-format":   {line: "snapshot export web/nightly /srv/a --format vmdk"},
 		"usage-export-compress": {line: "snapshot export web/nightly /srv/a --format raw --compress"},
 		"rebuild":               {line: "doctor --rebuild --dir /srv/vm/web"},
@@ -322,6 +325,20 @@ func unrestorable(b *rpctest.Backend) {
 		}
 		b.AddSnapshot(s)
 	}
+}
+
+// plugs has disks plugged in and taken out.
+func plugs(b *rpctest.Backend) {
+	b.Script(rpctest.Script{
+		Attach: func(context.Context, agent.AttachRequest) (op.Record, error) {
+			rec := done(op.KindAttach)
+			rec.Warnings = []op.Warning{{Code: "attached-until-end", Disk: "third", Message: "it is there until this QEMU ends"}}
+			return b.PutOperation(rec), nil
+		},
+		Detach: func(context.Context, agent.DetachRequest) (op.Record, error) {
+			return b.PutOperation(done(op.KindDetach)), nil
+		},
+	})
 }
 
 // done is an operation on web that has succeeded.

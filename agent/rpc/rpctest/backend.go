@@ -25,6 +25,8 @@ type Script struct {
 	Delete      func(context.Context, agent.DeleteRequest) (op.Record, error)
 	OpenPreview func(context.Context, agent.PreviewRequest) (op.Record, error)
 	Export      func(context.Context, agent.ExportRequest) (op.Record, error)
+	Attach      func(context.Context, agent.AttachRequest) (op.Record, error)
+	Detach      func(context.Context, agent.DetachRequest) (op.Record, error)
 	CloneDisk   func(context.Context, agent.CloneDiskRequest) (op.Record, error)
 	Freeze      func(context.Context, agent.FreezeRequest) (agent.FreezeView, error)
 	Thaw        func(context.Context, string) (agent.ThawResult, error)

@@ -41,3 +41,19 @@ func (b *Backend) SetTemplate(ctx context.Context, ref string, template bool) (a
 	s.Template = template
 	return s, nil
 }
+
+// AttachDisk is an error unless it is scripted.
+func (b *Backend) AttachDisk(ctx context.Context, req agent.AttachRequest) (op.Record, error) {
+	if f := b.scripted().Attach; f != nil {
+		return f(ctx, req)
+	}
+	return op.Record{}, fault.New(fault.Unsupported, "no script for attaching disks")
+}
+
+// DetachDisk is an error unless it is scripted.
+func (b *Backend) DetachDisk(ctx context.Context, req agent.DetachRequest) (op.Record, error) {
+	if f := b.scripted().Detach; f != nil {
+		return f(ctx, req)
+	}
+	return op.Record{}, fault.New(fault.Unsupported, "no script for detaching disks")
+}

@@ -512,6 +512,244 @@ func (x *SetTemplateResponse) GetSnapshot() *Snapshot {
 	return nil
 }
 
+type AttachDiskRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// An absolute path on the host, that the caller may read and write and reaches
+	// without symbolic links.
+	Path   string      `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Format ImageFormat `protobuf:"varint,3,opt,name=format,proto3,enum=vmsnap.v1.ImageFormat" json:"format,omitempty"`
+	// Id of the new device. Chosen when empty.
+	Device string `protobuf:"bytes,4,opt,name=device,proto3" json:"device,omitempty"`
+	// "virtio" or "scsi". Chosen when empty.
+	Bus string `protobuf:"bytes,5,opt,name=bus,proto3" json:"bus,omitempty"`
+	// Makes a repeated request return the first one's operation. Kept 30 days.
+	RequestId     string `protobuf:"bytes,6,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachDiskRequest) Reset() {
+	*x = AttachDiskRequest{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachDiskRequest) ProtoMessage() {}
+
+func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachDiskRequest.ProtoReflect.Descriptor instead.
+func (*AttachDiskRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *AttachDiskRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *AttachDiskRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *AttachDiskRequest) GetFormat() ImageFormat {
+	if x != nil {
+		return x.Format
+	}
+	return ImageFormat_IMAGE_FORMAT_UNSPECIFIED
+}
+
+func (x *AttachDiskRequest) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *AttachDiskRequest) GetBus() string {
+	if x != nil {
+		return x.Bus
+	}
+	return ""
+}
+
+func (x *AttachDiskRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type AttachDiskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachDiskResponse) Reset() {
+	*x = AttachDiskResponse{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachDiskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachDiskResponse) ProtoMessage() {}
+
+func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachDiskResponse.ProtoReflect.Descriptor instead.
+func (*AttachDiskResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *AttachDiskResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+type DetachDiskRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Vm     string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	Device string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`
+	// Makes a repeated request return the first one's operation. Kept 30 days.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachDiskRequest) Reset() {
+	*x = DetachDiskRequest{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachDiskRequest) ProtoMessage() {}
+
+func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachDiskRequest.ProtoReflect.Descriptor instead.
+func (*DetachDiskRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *DetachDiskRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *DetachDiskRequest) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *DetachDiskRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type DetachDiskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachDiskResponse) Reset() {
+	*x = DetachDiskResponse{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachDiskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachDiskResponse) ProtoMessage() {}
+
+func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachDiskResponse.ProtoReflect.Descriptor instead.
+func (*DetachDiskResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *DetachDiskResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
 var File_vmsnap_v1_clones_proto protoreflect.FileDescriptor
 
 const file_vmsnap_v1_clones_proto_rawDesc = "" +
@@ -543,7 +781,24 @@ const file_vmsnap_v1_clones_proto_rawDesc = "" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x1a\n" +
 	"\btemplate\x18\x02 \x01(\bR\btemplate\"F\n" +
 	"\x13SetTemplateResponse\x12/\n" +
-	"\bsnapshot\x18\x01 \x01(\v2\x13.vmsnap.v1.SnapshotR\bsnapshot*Y\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x13.vmsnap.v1.SnapshotR\bsnapshot\"\xb0\x01\n" +
+	"\x11AttachDiskRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12.\n" +
+	"\x06format\x18\x03 \x01(\x0e2\x16.vmsnap.v1.ImageFormatR\x06format\x12\x16\n" +
+	"\x06device\x18\x04 \x01(\tR\x06device\x12\x10\n" +
+	"\x03bus\x18\x05 \x01(\tR\x03bus\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x06 \x01(\tR\trequestId\"H\n" +
+	"\x12AttachDiskResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"Z\n" +
+	"\x11DetachDiskRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x16\n" +
+	"\x06device\x18\x02 \x01(\tR\x06device\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tR\trequestId\"H\n" +
+	"\x12DetachDiskResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation*Y\n" +
 	"\vImageFormat\x12\x1c\n" +
 	"\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12IMAGE_FORMAT_QCOW2\x10\x01\x12\x14\n" +
@@ -562,7 +817,7 @@ func file_vmsnap_v1_clones_proto_rawDescGZIP() []byte {
 }
 
 var file_vmsnap_v1_clones_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vmsnap_v1_clones_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_vmsnap_v1_clones_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_vmsnap_v1_clones_proto_goTypes = []any{
 	(ImageFormat)(0),               // 0: vmsnap.v1.ImageFormat
 	(*ExportSnapshotRequest)(nil),  // 1: vmsnap.v1.ExportSnapshotRequest
@@ -573,19 +828,26 @@ var file_vmsnap_v1_clones_proto_goTypes = []any{
 	(*ForgetCloneResponse)(nil),    // 6: vmsnap.v1.ForgetCloneResponse
 	(*SetTemplateRequest)(nil),     // 7: vmsnap.v1.SetTemplateRequest
 	(*SetTemplateResponse)(nil),    // 8: vmsnap.v1.SetTemplateResponse
-	(*Operation)(nil),              // 9: vmsnap.v1.Operation
-	(*Snapshot)(nil),               // 10: vmsnap.v1.Snapshot
+	(*AttachDiskRequest)(nil),      // 9: vmsnap.v1.AttachDiskRequest
+	(*AttachDiskResponse)(nil),     // 10: vmsnap.v1.AttachDiskResponse
+	(*DetachDiskRequest)(nil),      // 11: vmsnap.v1.DetachDiskRequest
+	(*DetachDiskResponse)(nil),     // 12: vmsnap.v1.DetachDiskResponse
+	(*Operation)(nil),              // 13: vmsnap.v1.Operation
+	(*Snapshot)(nil),               // 14: vmsnap.v1.Snapshot
 }
 var file_vmsnap_v1_clones_proto_depIdxs = []int32{
 	0,  // 0: vmsnap.v1.ExportSnapshotRequest.format:type_name -> vmsnap.v1.ImageFormat
-	9,  // 1: vmsnap.v1.ExportSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	9,  // 2: vmsnap.v1.CloneDiskResponse.operation:type_name -> vmsnap.v1.Operation
-	10, // 3: vmsnap.v1.SetTemplateResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	4,  // [4:4] is the sub-list for method output_type
-	4,  // [4:4] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	13, // 1: vmsnap.v1.ExportSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	13, // 2: vmsnap.v1.CloneDiskResponse.operation:type_name -> vmsnap.v1.Operation
+	14, // 3: vmsnap.v1.SetTemplateResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	0,  // 4: vmsnap.v1.AttachDiskRequest.format:type_name -> vmsnap.v1.ImageFormat
+	13, // 5: vmsnap.v1.AttachDiskResponse.operation:type_name -> vmsnap.v1.Operation
+	13, // 6: vmsnap.v1.DetachDiskResponse.operation:type_name -> vmsnap.v1.Operation
+	7,  // [7:7] is the sub-list for method output_type
+	7,  // [7:7] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_clones_proto_init() }
@@ -600,7 +862,7 @@ func file_vmsnap_v1_clones_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_clones_proto_rawDesc), len(file_vmsnap_v1_clones_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   8,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -2825,13 +2825,17 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x16ResumeOperationRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"M\n" +
 	"\x17ResumeOperationResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation2\xc8\x04\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation2\xde\x05\n" +
 	"\tVMService\x12E\n" +
 	"\aListVMs\x12\x19.vmsnap.v1.ListVMsRequest\x1a\x1a.vmsnap.v1.ListVMsResponse\"\x03\x90\x02\x01\x12?\n" +
 	"\x05GetVM\x12\x17.vmsnap.v1.GetVMRequest\x1a\x18.vmsnap.v1.GetVMResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\bForgetVM\x12\x1a.vmsnap.v1.ForgetVMRequest\x1a\x1b.vmsnap.v1.ForgetVMResponse\x12C\n" +
 	"\bFreezeVM\x12\x1a.vmsnap.v1.FreezeVMRequest\x1a\x1b.vmsnap.v1.FreezeVMResponse\x12=\n" +
-	"\x06ThawVM\x12\x18.vmsnap.v1.ThawVMRequest\x1a\x19.vmsnap.v1.ThawVMResponse\x12N\n" +
+	"\x06ThawVM\x12\x18.vmsnap.v1.ThawVMRequest\x1a\x19.vmsnap.v1.ThawVMResponse\x12I\n" +
+	"\n" +
+	"AttachDisk\x12\x1c.vmsnap.v1.AttachDiskRequest\x1a\x1d.vmsnap.v1.AttachDiskResponse\x12I\n" +
+	"\n" +
+	"DetachDisk\x12\x1c.vmsnap.v1.DetachDiskRequest\x1a\x1d.vmsnap.v1.DetachDiskResponse\x12N\n" +
 	"\n" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse\x12U\n" +
@@ -2939,30 +2943,34 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*Error)(nil),                   // 55: vmsnap.v1.Error
 	(Consistency)(0),                // 56: vmsnap.v1.Consistency
 	(*Snapshot)(nil),                // 57: vmsnap.v1.Snapshot
-	(*RestoreGroupRequest)(nil),     // 58: vmsnap.v1.RestoreGroupRequest
-	(*DeleteSnapshotsRequest)(nil),  // 59: vmsnap.v1.DeleteSnapshotsRequest
-	(*RestoreSnapshotRequest)(nil),  // 60: vmsnap.v1.RestoreSnapshotRequest
-	(*PreviewSnapshotRequest)(nil),  // 61: vmsnap.v1.PreviewSnapshotRequest
-	(*GetPreviewRequest)(nil),       // 62: vmsnap.v1.GetPreviewRequest
-	(*CommitPreviewRequest)(nil),    // 63: vmsnap.v1.CommitPreviewRequest
-	(*UndoPreviewRequest)(nil),      // 64: vmsnap.v1.UndoPreviewRequest
-	(*ExportSnapshotRequest)(nil),   // 65: vmsnap.v1.ExportSnapshotRequest
-	(*CloneDiskRequest)(nil),        // 66: vmsnap.v1.CloneDiskRequest
-	(*ForgetCloneRequest)(nil),      // 67: vmsnap.v1.ForgetCloneRequest
-	(*SetTemplateRequest)(nil),      // 68: vmsnap.v1.SetTemplateRequest
-	(*RestoreGroupResponse)(nil),    // 69: vmsnap.v1.RestoreGroupResponse
-	(*DeleteSnapshotsResponse)(nil), // 70: vmsnap.v1.DeleteSnapshotsResponse
-	(*PlanDeleteResponse)(nil),      // 71: vmsnap.v1.PlanDeleteResponse
-	(*RestoreSnapshotResponse)(nil), // 72: vmsnap.v1.RestoreSnapshotResponse
-	(*PreviewSnapshotResponse)(nil), // 73: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewResponse)(nil),      // 74: vmsnap.v1.GetPreviewResponse
-	(*CommitPreviewResponse)(nil),   // 75: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewResponse)(nil),     // 76: vmsnap.v1.UndoPreviewResponse
-	(*PlanRestoreResponse)(nil),     // 77: vmsnap.v1.PlanRestoreResponse
-	(*ExportSnapshotResponse)(nil),  // 78: vmsnap.v1.ExportSnapshotResponse
-	(*CloneDiskResponse)(nil),       // 79: vmsnap.v1.CloneDiskResponse
-	(*ForgetCloneResponse)(nil),     // 80: vmsnap.v1.ForgetCloneResponse
-	(*SetTemplateResponse)(nil),     // 81: vmsnap.v1.SetTemplateResponse
+	(*AttachDiskRequest)(nil),       // 58: vmsnap.v1.AttachDiskRequest
+	(*DetachDiskRequest)(nil),       // 59: vmsnap.v1.DetachDiskRequest
+	(*RestoreGroupRequest)(nil),     // 60: vmsnap.v1.RestoreGroupRequest
+	(*DeleteSnapshotsRequest)(nil),  // 61: vmsnap.v1.DeleteSnapshotsRequest
+	(*RestoreSnapshotRequest)(nil),  // 62: vmsnap.v1.RestoreSnapshotRequest
+	(*PreviewSnapshotRequest)(nil),  // 63: vmsnap.v1.PreviewSnapshotRequest
+	(*GetPreviewRequest)(nil),       // 64: vmsnap.v1.GetPreviewRequest
+	(*CommitPreviewRequest)(nil),    // 65: vmsnap.v1.CommitPreviewRequest
+	(*UndoPreviewRequest)(nil),      // 66: vmsnap.v1.UndoPreviewRequest
+	(*ExportSnapshotRequest)(nil),   // 67: vmsnap.v1.ExportSnapshotRequest
+	(*CloneDiskRequest)(nil),        // 68: vmsnap.v1.CloneDiskRequest
+	(*ForgetCloneRequest)(nil),      // 69: vmsnap.v1.ForgetCloneRequest
+	(*SetTemplateRequest)(nil),      // 70: vmsnap.v1.SetTemplateRequest
+	(*AttachDiskResponse)(nil),      // 71: vmsnap.v1.AttachDiskResponse
+	(*DetachDiskResponse)(nil),      // 72: vmsnap.v1.DetachDiskResponse
+	(*RestoreGroupResponse)(nil),    // 73: vmsnap.v1.RestoreGroupResponse
+	(*DeleteSnapshotsResponse)(nil), // 74: vmsnap.v1.DeleteSnapshotsResponse
+	(*PlanDeleteResponse)(nil),      // 75: vmsnap.v1.PlanDeleteResponse
+	(*RestoreSnapshotResponse)(nil), // 76: vmsnap.v1.RestoreSnapshotResponse
+	(*PreviewSnapshotResponse)(nil), // 77: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewResponse)(nil),      // 78: vmsnap.v1.GetPreviewResponse
+	(*CommitPreviewResponse)(nil),   // 79: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewResponse)(nil),     // 80: vmsnap.v1.UndoPreviewResponse
+	(*PlanRestoreResponse)(nil),     // 81: vmsnap.v1.PlanRestoreResponse
+	(*ExportSnapshotResponse)(nil),  // 82: vmsnap.v1.ExportSnapshotResponse
+	(*CloneDiskResponse)(nil),       // 83: vmsnap.v1.CloneDiskResponse
+	(*ForgetCloneResponse)(nil),     // 84: vmsnap.v1.ForgetCloneResponse
+	(*SetTemplateResponse)(nil),     // 85: vmsnap.v1.SetTemplateResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	48, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
@@ -3011,71 +3019,75 @@ var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	12, // 43: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
 	14, // 44: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
 	16, // 45: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
-	5,  // 46: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
-	7,  // 47: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
-	9,  // 48: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
-	18, // 49: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	20, // 50: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
-	58, // 51: vmsnap.v1.SnapshotService.RestoreGroup:input_type -> vmsnap.v1.RestoreGroupRequest
-	18, // 52: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	28, // 53: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
-	30, // 54: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
-	32, // 55: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
-	22, // 56: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
-	59, // 57: vmsnap.v1.SnapshotService.DeleteSnapshots:input_type -> vmsnap.v1.DeleteSnapshotsRequest
-	59, // 58: vmsnap.v1.SnapshotService.PlanDelete:input_type -> vmsnap.v1.DeleteSnapshotsRequest
-	60, // 59: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	61, // 60: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
-	62, // 61: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
-	63, // 62: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
-	64, // 63: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
-	60, // 64: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	65, // 65: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
-	66, // 66: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
-	67, // 67: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
-	68, // 68: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
-	34, // 69: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	36, // 70: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	38, // 71: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	40, // 72: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	42, // 73: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
-	44, // 74: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
-	1,  // 75: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 76: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	13, // 77: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	15, // 78: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	17, // 79: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	6,  // 80: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 81: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	10, // 82: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
-	19, // 83: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	21, // 84: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
-	69, // 85: vmsnap.v1.SnapshotService.RestoreGroup:output_type -> vmsnap.v1.RestoreGroupResponse
-	24, // 86: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	29, // 87: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	31, // 88: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	33, // 89: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	23, // 90: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	70, // 91: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
-	71, // 92: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
-	72, // 93: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	73, // 94: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
-	74, // 95: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
-	75, // 96: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
-	76, // 97: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
-	77, // 98: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	78, // 99: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	79, // 100: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
-	80, // 101: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
-	81, // 102: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
-	35, // 103: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	37, // 104: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	39, // 105: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	41, // 106: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	43, // 107: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
-	45, // 108: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
-	75, // [75:109] is the sub-list for method output_type
-	41, // [41:75] is the sub-list for method input_type
+	58, // 46: vmsnap.v1.VMService.AttachDisk:input_type -> vmsnap.v1.AttachDiskRequest
+	59, // 47: vmsnap.v1.VMService.DetachDisk:input_type -> vmsnap.v1.DetachDiskRequest
+	5,  // 48: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
+	7,  // 49: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
+	9,  // 50: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
+	18, // 51: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	20, // 52: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
+	60, // 53: vmsnap.v1.SnapshotService.RestoreGroup:input_type -> vmsnap.v1.RestoreGroupRequest
+	18, // 54: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	28, // 55: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
+	30, // 56: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
+	32, // 57: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
+	22, // 58: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
+	61, // 59: vmsnap.v1.SnapshotService.DeleteSnapshots:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	61, // 60: vmsnap.v1.SnapshotService.PlanDelete:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	62, // 61: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	63, // 62: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
+	64, // 63: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
+	65, // 64: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
+	66, // 65: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
+	62, // 66: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	67, // 67: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
+	68, // 68: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
+	69, // 69: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
+	70, // 70: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
+	34, // 71: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	36, // 72: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	38, // 73: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	40, // 74: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	42, // 75: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
+	44, // 76: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
+	1,  // 77: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	3,  // 78: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	13, // 79: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	15, // 80: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	17, // 81: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	71, // 82: vmsnap.v1.VMService.AttachDisk:output_type -> vmsnap.v1.AttachDiskResponse
+	72, // 83: vmsnap.v1.VMService.DetachDisk:output_type -> vmsnap.v1.DetachDiskResponse
+	6,  // 84: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	8,  // 85: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	10, // 86: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
+	19, // 87: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	21, // 88: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
+	73, // 89: vmsnap.v1.SnapshotService.RestoreGroup:output_type -> vmsnap.v1.RestoreGroupResponse
+	24, // 90: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	29, // 91: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	31, // 92: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	33, // 93: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	23, // 94: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	74, // 95: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
+	75, // 96: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
+	76, // 97: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	77, // 98: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	78, // 99: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	79, // 100: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	80, // 101: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	81, // 102: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	82, // 103: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	83, // 104: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
+	84, // 105: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
+	85, // 106: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
+	35, // 107: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	37, // 108: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	39, // 109: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	41, // 110: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	43, // 111: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
+	45, // 112: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
+	77, // [77:113] is the sub-list for method output_type
+	41, // [41:77] is the sub-list for method input_type
 	41, // [41:41] is the sub-list for extension type_name
 	41, // [41:41] is the sub-list for extension extendee
 	0,  // [0:41] is the sub-list for field type_name

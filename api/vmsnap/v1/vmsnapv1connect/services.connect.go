@@ -47,6 +47,10 @@ const (
 	VMServiceFreezeVMProcedure = "/vmsnap.v1.VMService/FreezeVM"
 	// VMServiceThawVMProcedure is the fully-qualified name of the VMService's ThawVM RPC.
 	VMServiceThawVMProcedure = "/vmsnap.v1.VMService/ThawVM"
+	// VMServiceAttachDiskProcedure is the fully-qualified name of the VMService's AttachDisk RPC.
+	VMServiceAttachDiskProcedure = "/vmsnap.v1.VMService/AttachDisk"
+	// VMServiceDetachDiskProcedure is the fully-qualified name of the VMService's DetachDisk RPC.
+	VMServiceDetachDiskProcedure = "/vmsnap.v1.VMService/DetachDisk"
 	// VMServiceDiagnoseVMProcedure is the fully-qualified name of the VMService's DiagnoseVM RPC.
 	VMServiceDiagnoseVMProcedure = "/vmsnap.v1.VMService/DiagnoseVM"
 	// VMServiceRepairVMProcedure is the fully-qualified name of the VMService's RepairVM RPC.
@@ -145,6 +149,10 @@ type VMServiceClient interface {
 	FreezeVM(context.Context, *connect.Request[v1.FreezeVMRequest]) (*connect.Response[v1.FreezeVMResponse], error)
 	// ThawVM ends a freeze. It returns when the guest has answered.
 	ThawVM(context.Context, *connect.Request[v1.ThawVMRequest]) (*connect.Response[v1.ThawVMResponse], error)
+	// AttachDisk starts an operation that plugs a disk into a running VM.
+	AttachDisk(context.Context, *connect.Request[v1.AttachDiskRequest]) (*connect.Response[v1.AttachDiskResponse], error)
+	// DetachDisk starts an operation that takes such a disk out again.
+	DetachDisk(context.Context, *connect.Request[v1.DetachDiskRequest]) (*connect.Response[v1.DetachDiskResponse], error)
 	// DiagnoseVM looks for what is wrong with a VM, and changes nothing. It reads the
 	// VM's images, and asks its guest whether it is frozen.
 	DiagnoseVM(context.Context, *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error)
@@ -199,6 +207,18 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("ThawVM")),
 			connect.WithClientOptions(opts...),
 		),
+		attachDisk: connect.NewClient[v1.AttachDiskRequest, v1.AttachDiskResponse](
+			httpClient,
+			baseURL+VMServiceAttachDiskProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("AttachDisk")),
+			connect.WithClientOptions(opts...),
+		),
+		detachDisk: connect.NewClient[v1.DetachDiskRequest, v1.DetachDiskResponse](
+			httpClient,
+			baseURL+VMServiceDetachDiskProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("DetachDisk")),
+			connect.WithClientOptions(opts...),
+		),
 		diagnoseVM: connect.NewClient[v1.DiagnoseVMRequest, v1.DiagnoseVMResponse](
 			httpClient,
 			baseURL+VMServiceDiagnoseVMProcedure,
@@ -228,6 +248,8 @@ type vMServiceClient struct {
 	forgetVM       *connect.Client[v1.ForgetVMRequest, v1.ForgetVMResponse]
 	freezeVM       *connect.Client[v1.FreezeVMRequest, v1.FreezeVMResponse]
 	thawVM         *connect.Client[v1.ThawVMRequest, v1.ThawVMResponse]
+	attachDisk     *connect.Client[v1.AttachDiskRequest, v1.AttachDiskResponse]
+	detachDisk     *connect.Client[v1.DetachDiskRequest, v1.DetachDiskResponse]
 	diagnoseVM     *connect.Client[v1.DiagnoseVMRequest, v1.DiagnoseVMResponse]
 	repairVM       *connect.Client[v1.RepairVMRequest, v1.RepairVMResponse]
 	rebuildCatalog *connect.Client[v1.RebuildCatalogRequest, v1.RebuildCatalogResponse]
@@ -258,6 +280,16 @@ func (c *vMServiceClient) ThawVM(ctx context.Context, req *connect.Request[v1.Th
 	return c.thawVM.CallUnary(ctx, req)
 }
 
+// AttachDisk calls vmsnap.v1.VMService.AttachDisk.
+func (c *vMServiceClient) AttachDisk(ctx context.Context, req *connect.Request[v1.AttachDiskRequest]) (*connect.Response[v1.AttachDiskResponse], error) {
+	return c.attachDisk.CallUnary(ctx, req)
+}
+
+// DetachDisk calls vmsnap.v1.VMService.DetachDisk.
+func (c *vMServiceClient) DetachDisk(ctx context.Context, req *connect.Request[v1.DetachDiskRequest]) (*connect.Response[v1.DetachDiskResponse], error) {
+	return c.detachDisk.CallUnary(ctx, req)
+}
+
 // DiagnoseVM calls vmsnap.v1.VMService.DiagnoseVM.
 func (c *vMServiceClient) DiagnoseVM(ctx context.Context, req *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error) {
 	return c.diagnoseVM.CallUnary(ctx, req)
@@ -284,6 +316,10 @@ type VMServiceHandler interface {
 	FreezeVM(context.Context, *connect.Request[v1.FreezeVMRequest]) (*connect.Response[v1.FreezeVMResponse], error)
 	// ThawVM ends a freeze. It returns when the guest has answered.
 	ThawVM(context.Context, *connect.Request[v1.ThawVMRequest]) (*connect.Response[v1.ThawVMResponse], error)
+	// AttachDisk starts an operation that plugs a disk into a running VM.
+	AttachDisk(context.Context, *connect.Request[v1.AttachDiskRequest]) (*connect.Response[v1.AttachDiskResponse], error)
+	// DetachDisk starts an operation that takes such a disk out again.
+	DetachDisk(context.Context, *connect.Request[v1.DetachDiskRequest]) (*connect.Response[v1.DetachDiskResponse], error)
 	// DiagnoseVM looks for what is wrong with a VM, and changes nothing. It reads the
 	// VM's images, and asks its guest whether it is frozen.
 	DiagnoseVM(context.Context, *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error)
@@ -334,6 +370,18 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("ThawVM")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceAttachDiskHandler := connect.NewUnaryHandler(
+		VMServiceAttachDiskProcedure,
+		svc.AttachDisk,
+		connect.WithSchema(vMServiceMethods.ByName("AttachDisk")),
+		connect.WithHandlerOptions(opts...),
+	)
+	vMServiceDetachDiskHandler := connect.NewUnaryHandler(
+		VMServiceDetachDiskProcedure,
+		svc.DetachDisk,
+		connect.WithSchema(vMServiceMethods.ByName("DetachDisk")),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceDiagnoseVMHandler := connect.NewUnaryHandler(
 		VMServiceDiagnoseVMProcedure,
 		svc.DiagnoseVM,
@@ -365,6 +413,10 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceFreezeVMHandler.ServeHTTP(w, r)
 		case VMServiceThawVMProcedure:
 			vMServiceThawVMHandler.ServeHTTP(w, r)
+		case VMServiceAttachDiskProcedure:
+			vMServiceAttachDiskHandler.ServeHTTP(w, r)
+		case VMServiceDetachDiskProcedure:
+			vMServiceDetachDiskHandler.ServeHTTP(w, r)
 		case VMServiceDiagnoseVMProcedure:
 			vMServiceDiagnoseVMHandler.ServeHTTP(w, r)
 		case VMServiceRepairVMProcedure:
@@ -398,6 +450,14 @@ func (UnimplementedVMServiceHandler) FreezeVM(context.Context, *connect.Request[
 
 func (UnimplementedVMServiceHandler) ThawVM(context.Context, *connect.Request[v1.ThawVMRequest]) (*connect.Response[v1.ThawVMResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.ThawVM is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) AttachDisk(context.Context, *connect.Request[v1.AttachDiskRequest]) (*connect.Response[v1.AttachDiskResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.AttachDisk is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) DetachDisk(context.Context, *connect.Request[v1.DetachDiskRequest]) (*connect.Response[v1.DetachDiskResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.DetachDisk is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) DiagnoseVM(context.Context, *connect.Request[v1.DiagnoseVMRequest]) (*connect.Response[v1.DiagnoseVMResponse], error) {

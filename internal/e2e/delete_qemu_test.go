@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"slices"
@@ -184,5 +186,34 @@ func TestQEMUDeleteStops(t *testing.T) {
 		vm.start()
 		h.await(vm.name, "paused")
 		k.remove("deleted at last", "two")
+	})
+}
+
+// TestQEMUDeleteMemory deletes a snapshot with memory: its file and its manifests
+// go with it, and those of others stay.
+func TestQEMUDeleteMemory(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		vm := newStill(t, q, "deletememory-"+q.Name, "root.qcow2")
+		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
+		vm.run()
+		h.await(vm.name, "running")
+		k := newTree(h, vm)
+		k.write()
+		for _, name := range []string{"one", "two"} {
+			h.must("snapshot", "create", vm.name, name, "--memory")
+			k.taken(name)
+		}
+		gone, stays := h.memoryOf(vm.name+"/one"), h.memoryOf(vm.name+"/two")
+		k.remove("with memory", "one")
+		if _, err := os.Stat(gone); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the memory is there still: %v", err)
+		}
+		if _, err := os.Stat(stays); err != nil {
+			t.Errorf("the memory of another snapshot: %v", err)
+		}
+		k.remove("the other", "two")
+		if left := files(t, vm.dir+"/.vmsnap"); len(left) > 0 {
+			t.Errorf("left over: %v", left)
+		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -41,13 +42,17 @@ func TestQEMUUpkeep(t *testing.T) {
 
 		sh(t, "rm", clone)
 		h.must("disk", "forget", clone)
-		h.eventually(eventLimit, "the layer is being merged", func() error {
+		upkeep := func() error {
 			if id := h.operation(vm.name); h.object("operation", "show", id)["kind"] != "upkeep" {
 				return errors.New("something else runs")
 			}
 			return nil
-		})
+		}
+		h.eventually(eventLimit, "the layer is being merged", upkeep)
 		k.take("four") // who wants the VM gets it
+		h.eventually(eventLimit, "the layer is being merged again", upkeep)
+		h.signal(syscall.SIGKILL)
+		h.start()
 		h.eventually(eventLimit, "the layer is gone", func() error {
 			if n := h.layers(vm.name)[0]; n != 4 {
 				return fmt.Errorf("%d layers", n)

@@ -38,7 +38,7 @@ func TestQEMUDelete(t *testing.T) {
 		h.await(vm.name, "paused")
 		k := newTree(h, vm)
 		k.grow("one", "two", "three", "four", "five", "six", "seven")
-		k.write()
+		k.writeAt("7M 64k") // less than what lies below holds
 
 		plan := h.must("snapshot", "delete", vm.name+"/three", "--dry-run", "-o", "wide")
 		for _, want := range []string{"root", "data", "QEMU", "would copy"} {
@@ -49,6 +49,9 @@ func TestQEMUDelete(t *testing.T) {
 		k.remove("a middle one, live", "three", "--request-id=again")
 		h.must("snapshot", "delete", vm.name+"/three", "--request-id=again") // a repeated request
 		k.remove("the first, live", "one")
+		if plan := h.must("snapshot", "delete", vm.name+"/seven", "--dry-run"); !strings.Contains(plan, "commit") {
+			t.Errorf("the active layer is not committed:\n%s", plan)
+		}
 		k.remove("the newest, live", "seven")
 		h.launchesActive(vm, "live")
 		k.write()

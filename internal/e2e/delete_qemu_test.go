@@ -220,3 +220,26 @@ func TestQEMUDeleteMemory(t *testing.T) {
 		}
 	})
 }
+
+// TestQEMULongChain takes snapshots until as many layers lie on each other as may,
+// running and stopped.
+func TestQEMULongChain(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		vm := newStill(t, q, "chain-"+q.Name, "root.qcow2")
+		h := prepareHost(t, "--max-chain", "3")
+		h.list(vm.name, vm.uuid)
+		h.start()
+		t.Cleanup(h.end)
+		h.await(vm.name, "paused")
+		k := newTree(h, vm)
+		k.grow("one", "two")
+		h.fails(14, "max-chain", "snapshot", "create", vm.name, "three", "--quiesce", "none")
+		vm.kill()
+		h.await(vm.name, "stopped")
+		h.fails(14, "max-chain", "snapshot", "create", vm.name, "three", "--dry-run")
+		k.verify("refused")
+		k.remove("shortened", "one")
+		k.take("three")
+		k.verify("taken after a deletion")
+	})
+}

@@ -156,7 +156,8 @@ func (h *host) list(name, uuid string) {
 // arguments are the daemon's.
 func (h *host) arguments() []string {
 	return append([]string{"--config", "/dev/null", "--state-dir", h.path("state"), "--run-dir", h.dir, "--socket", h.socket,
-		"--metrics-listen", h.metrics, "--vms-dir", h.path("vms.d"), "--listed-only", "--log-level", "debug"}, h.flags...)
+		"--metrics-listen", h.metrics, "--vms-dir", h.path("vms.d"), "--listed-only", "--log-level", "debug",
+		"--max-chain", "0"}, h.flags...) // loops take any number of snapshots
 }
 
 // start starts the daemon and waits until it answers.

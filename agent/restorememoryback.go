@@ -35,7 +35,7 @@ func (r *restore) goBack(ctx context.Context) error {
 		}
 	}
 	r.run = nil
-	if m.Former == nil || !m.Former.lives() {
+	if m.Laid && (m.Former == nil || !m.Former.lives()) {
 		if happened, err := r.runsRestored(); err != nil {
 			return err
 		} else if happened && r.stage == entryLaunch {

@@ -1,9 +1,15 @@
 package e2e
 
 import (
+	"errors"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
+	"connectrpc.com/connect"
+
+	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 	"github.com/vmsnap/vmsnap/internal/testvm"
 )
 
@@ -32,6 +38,13 @@ func TestQEMURestoreMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 		put(t, g, "file", "at the snapshot")
+		// qemu-ga wants this program, which the test's guest has no clock for.
+		if _, err := g.Exec(t.Context(), "mkdir -p /sbin && printf '#!/bin/sh\n' >/sbin/hwclock && chmod 755 /sbin/hwclock"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := g.Exec(t.Context(), "date -u -s 2020-02-02 && (exec 7>"+testvm.Mountpoint("data")+"/open; while sleep 0.1; do echo x >&7; done) >/dev/null 2>&1 &"); err != nil {
+			t.Fatal(err)
+		}
 		h.must("snapshot", "create", g.Name, "good", "--memory", "--quiesce", "require")
 		put(t, g, "file", "broken")
 		counts(t, g, "after the snapshot")
@@ -45,6 +58,10 @@ func TestQEMURestoreMemory(t *testing.T) {
 		back := h.restored(g.Name+"/good", "--memory")
 		h.followed(g, "restored")
 		counts(t, g, "restored")
+		h.isAsToday(g)
+		if w := h.warningsOf(g.Name); len(w) > 0 {
+			t.Errorf("the restore has warnings: %v", w)
+		}
 		h.guestHolds(g, "at the snapshot")
 		thawed(t, g)
 		if s := h.snapshot(back); s.Consistency != "memory" || len(s.Disks) != 2 {
@@ -58,6 +75,47 @@ func TestQEMURestoreMemory(t *testing.T) {
 		thawed(t, g)
 		h.failsToLoad(g)
 	})
+}
+
+// isAsToday fails unless the guest's clock, which was wrong when it was saved, is
+// right, and a program writes on to a file that it had open.
+func (h *host) isAsToday(g *testvm.Guest) {
+	h.t.Helper()
+	now, err := g.Exec(h.ctx(), "date -u +%s")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	seconds, err := strconv.ParseInt(strings.TrimSpace(now), 10, 64)
+	if off := time.Since(time.Unix(seconds, 0)).Abs(); err != nil || off > time.Minute {
+		h.t.Errorf("the guest's clock is off by %s: %v", off, err)
+	}
+	size := func() string {
+		out, err := g.Exec(h.ctx(), "stat -c %s "+testvm.Mountpoint("data")+"/open")
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		return strings.TrimSpace(out)
+	}
+	first := size()
+	h.eventually(eventLimit, "the program writes on to its open file", func() error {
+		if size() == first {
+			return errors.New(first)
+		}
+		return nil
+	})
+}
+
+// warningsOf returns the warnings of a VM's newest operation.
+func (h *host) warningsOf(vm string) (codes []string) {
+	h.t.Helper()
+	res, err := h.Operations().ListOperations(h.ctx(), connect.NewRequest(&vmsnapv1.ListOperationsRequest{Vm: vm}))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, w := range res.Msg.GetOperations()[0].GetWarnings() {
+		codes = append(codes, w.GetCode()+": "+w.GetMessage())
+	}
+	return codes
 }
 
 // failsToLoad has restores of the snapshot "good" go wrong: the guest runs on.

@@ -113,7 +113,7 @@ func TestQEMURestoreMemoryDies(t *testing.T) {
 		for _, call := range []string{"fsync", "unlinkat"} {
 			stride := 1
 			if !thorough() {
-				stride = max(counts[call]/4, 1)
+				stride = max(counts[call]/2, 1)
 			}
 			for n := first; n <= counts[call]; n += stride {
 				kill(killPoint{calls: []string{call}, n: n})

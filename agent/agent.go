@@ -50,6 +50,9 @@ type Config struct {
 	OnFreezeWindow func(time.Duration)
 	// OnPause, when not nil, is called with every pause of a guest's CPUs.
 	OnPause func(time.Duration)
+	// OnRun, when not nil, is called with every run of a schedule that begins or is
+	// skipped, and by how much that was late.
+	OnRun func(begun bool, late time.Duration)
 }
 
 // DefaultMaxChain is how many layers of a disk may lie on each other. Each costs a

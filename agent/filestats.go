@@ -18,6 +18,7 @@ const statPatience = 250 * time.Millisecond
 type fileStat struct {
 	file      file
 	allocated uint64 // bytes on the file system
+	free      uint64 // bytes that are left there; only statRoom asks
 }
 
 // statFile looks at a file. Its error is that of a file that is not there.
@@ -26,7 +27,7 @@ func statFile(path string) (fileStat, error) {
 	if err != nil {
 		return fileStat{}, err
 	}
-	f := fileStat{file{FileID: info.FileID}, info.Allocated}
+	f := fileStat{file: file{FileID: info.FileID}, allocated: info.Allocated}
 	if info.Device {
 		f.file.device, err = blockdev.DeviceID(path)
 	}

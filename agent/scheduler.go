@@ -25,7 +25,8 @@ type scheduler struct {
 	changed chan struct{} // receives when schedules or VMs have changed
 
 	mu      sync.Mutex
-	pending map[pendingKey]bool // runs that wait for their VM
+	pending map[pendingKey]time.Time // runs that wait for their VM, and when they were to begin
+	looked  time.Time                // when the schedules were last looked at
 
 	expiring sync.Mutex           // held while snapshots are deleted whose time has come
 	notYet   map[string]time.Time // when to try again, by the ids of those that could not be deleted
@@ -34,7 +35,7 @@ type scheduler struct {
 type pendingKey struct{ schedule, vm string }
 
 func newScheduler() *scheduler {
-	return &scheduler{changed: make(chan struct{}, 1), pending: map[pendingKey]bool{}, notYet: map[string]time.Time{}}
+	return &scheduler{changed: make(chan struct{}, 1), pending: map[pendingKey]time.Time{}, notYet: map[string]time.Time{}}
 }
 
 // wake makes the scheduler look again.
@@ -47,14 +48,34 @@ func (s *scheduler) wake() {
 
 // claim marks a VM as having a run of a schedule under way; it returns false
 // when there is one.
-func (s *scheduler) claim(k pendingKey) bool {
+func (s *scheduler) claim(k pendingKey, begins time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.pending[k] {
+	if _, pending := s.pending[k]; pending {
 		return false
 	}
-	s.pending[k] = true
+	s.pending[k] = begins
 	return true
+}
+
+// stands tells what the metrics show of the scheduler.
+func (s *scheduler) stands() SchedulerView {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := SchedulerView{Looked: s.looked, Waiting: len(s.pending)}
+	for _, begins := range s.pending {
+		if v.Oldest.IsZero() || begins.Before(v.Oldest) {
+			v.Oldest = begins
+		}
+	}
+	return v
+}
+
+// saw notes that the schedules were looked at.
+func (s *scheduler) saw(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.looked = now
 }
 
 func (s *scheduler) release(k pendingKey) {
@@ -71,6 +92,7 @@ func (a *Agent) followSchedules(ctx context.Context) {
 		if err != nil && ctx.Err() == nil {
 			a.log.Error("the schedules cannot be looked at", "error", err)
 		}
+		a.scheduler.saw(a.clock())
 		expires, err := a.expireDue(ctx)
 		if err != nil && ctx.Err() == nil {
 			a.log.Error("what expires cannot be looked at", "error", err)
@@ -193,7 +215,7 @@ func (v *vm) firstSeen() time.Time {
 func (a *Agent) decide(ctx context.Context, s catalog.Schedule, v *vm, d schedule.Decision) error {
 	run := catalog.ScheduleRun{Schedule: s.ID, VMID: v.id, Time: d.Run, State: catalog.RunDue, Late: d.Late}
 	key := pendingKey{s.ID, v.id}
-	claimed := d.Run.IsZero() || a.scheduler.claim(key)
+	claimed := d.Run.IsZero() || a.scheduler.claim(key, d.Run.Add(runJitter(s, v.id)))
 	if !claimed {
 		run.State, run.Message = catalog.RunSkipped, "the run before it still waits for the VM"
 	}
@@ -216,6 +238,9 @@ func (a *Agent) decide(ctx context.Context, s catalog.Schedule, v *vm, d schedul
 		}
 		return tx.AddScheduleRun(ctx, run)
 	})
+	if err == nil && !claimed {
+		a.observeRun(s, v, run, false)
+	}
 	if d.Run.IsZero() || !claimed {
 		return err
 	}
@@ -261,7 +286,7 @@ func (a *Agent) resumeRuns(ctx context.Context) {
 		case s.Spec.Missed == schedule.Skip && a.clock().Sub(run.Time.Add(runJitter(s, v.id))) > schedule.Grace:
 			run.Message = "vmsnapd was stopped"
 			a.skipRun(ctx, s, v, run, event.Warning)
-		case a.scheduler.claim(pendingKey{s.ID, run.VMID}):
+		case a.scheduler.claim(pendingKey{s.ID, run.VMID}, run.Time.Add(runJitter(s, v.id))):
 			a.group.Go(func() { a.runClaimed(ctx, s, v, run) })
 		}
 	}
@@ -284,6 +309,7 @@ func (a *Agent) runOnce(ctx context.Context, s catalog.Schedule, v *vm, run cata
 		return rec, false
 	}
 	run.State, run.Operation = catalog.RunBegun, rec.ID
+	a.observeRun(s, v, run, true)
 	log := a.log.With("schedule", s.Name, "vm", v.name())
 	log.Info("a run has begun", "time", run.Time, "operation", rec.ID)
 	if err := a.catalog.EndScheduleRun(context.WithoutCancel(ctx), run); err != nil {
@@ -297,12 +323,20 @@ func (a *Agent) skipRun(ctx context.Context, s catalog.Schedule, v *vm, run cata
 	log := a.log.With("schedule", s.Name, "vm", v.name())
 	log.Warn("a run is skipped", "time", run.Time, "because", run.Message)
 	run.State = catalog.RunSkipped
+	a.observeRun(s, v, run, false)
 	ctx = context.WithoutCancel(ctx)
 	err := a.catalog.Update(ctx, func(tx *catalog.Tx) error {
 		return errors.Join(tx.EndScheduleRun(ctx, run), tx.AddEvent(ctx, skippedEvent(s, v, run, severity)))
 	})
 	if err != nil {
 		log.Error("a skipped run is not recorded", "error", err)
+	}
+}
+
+// observeRun tells the metrics what became of a run, and how late it was.
+func (a *Agent) observeRun(s catalog.Schedule, v *vm, run catalog.ScheduleRun, begun bool) {
+	if a.cfg.OnRun != nil {
+		a.cfg.OnRun(begun, max(a.clock().Sub(run.Time.Add(runJitter(s, v.id))), 0))
 	}
 }
 

@@ -29,6 +29,7 @@ type vm struct {
 	stray  map[string]bool // disks that were seen to run on a covered layer, by id
 
 	stats fileStats
+	rooms roomStats
 	space spaceMeter
 	whole wholeImages
 

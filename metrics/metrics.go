@@ -23,6 +23,8 @@ type Metrics struct {
 	durations  *prometheus.HistogramVec
 	windows    prometheus.Histogram
 	pauses     prometheus.Histogram
+	lateness   prometheus.Histogram
+	skipped    prometheus.Counter
 }
 
 // The values of the label "result" beside the fault kinds.
@@ -32,8 +34,6 @@ const (
 )
 
 var (
-	kinds = []op.Kind{op.KindSnapshot, op.KindFreeze, op.KindSettle, op.KindVerify, op.KindRestore, op.KindPreview, op.KindPreviewCommit, op.KindPreviewUndo, op.KindRepair, op.KindExport, op.KindClone, op.KindAttach, op.KindDetach, op.KindDelete, op.KindUpkeep}
-
 	faults = []fault.Kind{
 		fault.Failed, fault.Usage, fault.NotFound, fault.NotQuiesced, fault.NoSpace, fault.Denied, fault.Unresponsive,
 		fault.Busy, fault.HasDependants, fault.Exists, fault.Unsupported, fault.TooLate, fault.Cancelled,
@@ -46,7 +46,7 @@ func New(version string) *Metrics {
 		registry: prometheus.NewRegistry(),
 		operations: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: namespace, Name: "operations_total",
-			Help: "Operations that have ended, by kind and by how they ended.",
+			Help: "Operations that have ended: `succeeded`, `partial`, or why not, in the words of the exit codes.",
 		}, []string{"kind", "result"}),
 		durations: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Namespace: namespace, Name: "operation_duration_seconds",
@@ -64,6 +64,15 @@ func New(version string) *Metrics {
 			Buckets: []float64{.005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 60, 300},
 		}),
 	}
+	m.lateness = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Namespace: namespace, Name: "schedule_lateness_seconds",
+		Help:    "By how much the runs of schedules began too late, jitter left out.",
+		Buckets: []float64{1, 5, 15, 60, 300, 900, 3600, 14400, 86400},
+	})
+	m.skipped = prometheus.NewCounter(prometheus.CounterOpts{
+		Namespace: namespace, Name: "schedule_runs_skipped_total",
+		Help: "Runs of schedules that did not begin; an event says why.",
+	})
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
 		Namespace: namespace, Name: "build_info",
 		Help:        "Always 1; the labels say which program this is.",
@@ -71,13 +80,13 @@ func New(version string) *Metrics {
 	})
 	build.Set(1)
 	// A counter that appears with its first event hides that event from rate().
-	for _, kind := range kinds {
+	for _, kind := range op.Kinds {
 		m.durations.WithLabelValues(string(kind))
 		for _, result := range append([]fault.Kind{resultSucceeded, fault.Partial}, faults...) {
 			m.operations.WithLabelValues(string(kind), string(result))
 		}
 	}
-	m.registry.MustRegister(build, m.operations, m.durations, m.windows, m.pauses,
+	m.registry.MustRegister(build, m.operations, m.durations, m.windows, m.pauses, m.lateness, m.skipped,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -115,6 +124,16 @@ func (m *Metrics) ObserveFreezeWindow(d time.Duration) { m.windows.Observe(d.Sec
 
 // ObservePause notes how long a guest's CPUs stood still.
 func (m *Metrics) ObservePause(d time.Duration) { m.pauses.Observe(d.Seconds()) }
+
+// ObserveRun notes a run of a schedule that begins or is skipped, and by how much
+// that was late.
+func (m *Metrics) ObserveRun(begun bool, late time.Duration) {
+	if !begun {
+		m.skipped.Inc()
+		return
+	}
+	m.lateness.Observe(late.Seconds())
+}
 
 // Watch adds what a source tells whenever it is asked. It is called once.
 func (m *Metrics) Watch(source Source) { m.registry.MustRegister(newReader(source)) }

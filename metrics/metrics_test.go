@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"fmt"
 	"net/http/httptest"
 	"os"
 	"os/exec"
@@ -18,6 +19,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/discover"
 	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/agent/op"
 )
@@ -29,7 +32,16 @@ type host struct {
 	vms        []agent.VMView
 	discovery  agent.Discovery
 	operations func(context.Context) ([]op.Record, error)
+	usage      []agent.VMUsage
+	ledger     agent.Ledger
+	scheduler  agent.SchedulerView
 }
+
+func (h host) Usage(context.Context) []agent.VMUsage { return h.usage }
+
+func (h host) Ledger(context.Context) (agent.Ledger, error) { return h.ledger, nil }
+
+func (h host) Scheduler() agent.SchedulerView { return h.scheduler }
 
 func (h host) VMs(context.Context) ([]agent.VMView, agent.Discovery) { return h.vms, h.discovery }
 
@@ -42,18 +54,36 @@ func (h host) Operations(ctx context.Context, f agent.OperationFilter) ([]op.Rec
 
 func busyHost() host {
 	held := &agent.FreezeView{Frozen: 2, Total: 2}
+	process := &agent.ProcessView{PID: 1}
+	chain := []agent.DiskView{{Device: "root", Layers: make([]agent.LayerView, 3)}, {Device: "data", Layers: make([]agent.LayerView, 1)}}
+	group := &discover.Usage{
+		IO:       &discover.IOUsage{ReadBytes: 4096, WriteBytes: 512, Reads: 2, Writes: 1},
+		Pressure: []discover.Pressure{{Resource: "io", Some: 1500 * time.Millisecond, Full: 500 * time.Millisecond}},
+	}
 	return host{
 		vms: []agent.VMView{
-			{ID: "1", Name: "web", State: agent.Running, Freeze: held, Space: &agent.VMSpace{Layers: 4096, Foreign: 512, Memory: 1024, Reclaimable: 2048}},
-			{ID: "2", Name: "db", State: agent.Running, Freeze: &agent.FreezeView{Unresolved: true}},
+			{ID: "1", Name: "web", State: agent.Running, Process: process, Disks: chain, Freeze: held, Space: &agent.VMSpace{Layers: 4096, Foreign: 512, Memory: 1024, Reclaimable: 2048}},
+			{ID: "2", Name: "db", State: agent.Running, Process: process, Freeze: &agent.FreezeView{Unresolved: true}},
 			// Two processes of one identity are one guest in two views.
 			{ID: "3", Name: "twin", State: agent.Running, Freeze: held},
 			{ID: "3", Name: "twin", State: agent.Running, Freeze: held},
 			// Another VM may have the same name, and any bytes in it.
 			{ID: "4", Name: "web", State: agent.Paused, Freeze: held},
 			{ID: "5", Name: "odd\xff\"\n", State: agent.Paused, Freeze: held},
+			{ID: "7", Name: "mute", State: agent.Unknown, Process: process},
+			{ID: "8", Name: "mute", State: agent.Running, Process: process}, // another VM of the same name
 			{ID: "6", Name: "off", State: agent.Stopped, Space: &agent.VMSpace{Layers: 1, Incomplete: true}},
 		},
+		usage: []agent.VMUsage{
+			{ID: "1", Name: "web", Disks: []agent.DiskUsage{{Device: "root", Active: 1 << 20, Free: 1 << 30}, {Device: "data"}}, Group: group},
+			{ID: "4", Name: "web", Disks: []agent.DiskUsage{{Device: "root", Active: 1, Free: 1}}, Group: group}, // another VM of the same name
+			{ID: "2", Name: "db", Group: &discover.Usage{}},
+		},
+		ledger: agent.Ledger{
+			Size:          catalog.Size{Database: 8192, Log: 4096, Journal: 7},
+			LastSnapshots: map[string]time.Time{"1": began.Add(1500 * time.Millisecond), "gone": began},
+		},
+		scheduler: agent.SchedulerView{Looked: began, Waiting: 2, Oldest: began.Add(-time.Minute)},
 		discovery: agent.Discovery{Source: "scan", Reason: "no netlink"},
 		operations: func(context.Context) ([]op.Record, error) {
 			saving := op.Progress{Done: 3 << 20, Total: 4 << 20, Unit: "bytes", Rate: 1 << 20}
@@ -61,6 +91,7 @@ func busyHost() host {
 				{Kind: op.KindSnapshot, VMName: "web", Progress: saving},
 				{Kind: op.KindSnapshot, VMName: "web", Progress: saving}, // another VM of the same name
 				{Kind: op.KindSnapshot, VMName: "db", Progress: op.Progress{Done: 5, Unit: "bytes"}},
+				{Kind: op.KindClone, VMName: "db", State: op.Queued},
 				{Kind: op.KindFreeze, VMName: "db", Progress: op.Progress{Done: 1, Total: 3, Unit: "steps"}},
 			}, nil
 		},
@@ -88,6 +119,8 @@ func busy() *Metrics {
 	m.ObserveFreezeWindow(84 * time.Millisecond)
 	m.ObserveFreezeWindow(31 * time.Second)
 	m.ObservePause(21 * time.Millisecond)
+	m.ObserveRun(true, 90*time.Second)
+	m.ObserveRun(false, time.Hour)
 	for _, r := range []op.Record{
 		ended(op.KindSnapshot, op.Succeeded, 700*time.Millisecond, nil),
 		ended(op.KindSnapshot, op.Succeeded, 3*time.Second, func(r *op.Record) { r.Partial = true }),
@@ -171,7 +204,7 @@ func TestFailedReading(t *testing.T) {
 	for _, line := range []string{
 		`vmsnap_collector_success{collector="operations"} 0`,
 		`vmsnap_collector_success{collector="vms"} 1`,
-		`vmsnap_vms{state="running"} 4`,
+		`vmsnap_vms{state="running"} 5`,
 	} {
 		if !strings.Contains(text, line+"\n") {
 			t.Errorf("missing: %s", line)
@@ -214,4 +247,46 @@ func TestHungReading(t *testing.T) {
 			t.Error("it is not read again")
 		}
 	})
+}
+
+// TestCardinality has a host with many VMs and much work on them: what is told
+// grows with the VMs and their disks, and with nothing else.
+func TestCardinality(t *testing.T) {
+	series := func(vms, operations int) int {
+		var h host
+		for i := range vms {
+			name := fmt.Sprint("vm", i)
+			h.vms = append(h.vms, agent.VMView{
+				ID: name, Name: name, State: agent.Paused, Process: &agent.ProcessView{}, Freeze: &agent.FreezeView{}, Space: &agent.VMSpace{},
+				Disks: []agent.DiskView{{Device: "root", Layers: make([]agent.LayerView, i)}},
+			})
+			h.usage = append(h.usage, agent.VMUsage{ID: name, Name: name, Disks: []agent.DiskUsage{{Device: "root"}}})
+		}
+		h.operations = func(context.Context) ([]op.Record, error) {
+			var all []op.Record
+			for i := range operations { // of VMs that other operations held before
+				all = append(all, op.Record{ID: fmt.Sprint(i), Kind: op.KindSnapshot, VMName: "vm0", Progress: op.Progress{Done: 1, Total: 2, Unit: "bytes"}})
+			}
+			return all, nil
+		}
+		m := New("1")
+		m.Watch(h)
+		for i := range operations {
+			m.ObserveOperation(ended(op.KindSnapshot, op.Failed, time.Second, failing(fault.Kind(fmt.Sprint("of a kind of its own ", i)))))
+		}
+		n := 0
+		for line := range strings.Lines(scrape(t, m)) {
+			if strings.HasPrefix(line, "vmsnap_") {
+				n++
+			}
+		}
+		return n
+	}
+	if one, many := series(1, 1), series(1, 1000); one != many {
+		t.Errorf("%d series with one operation, %d with 1000", one, many)
+	}
+	const ofEach = 10 // of a VM with one disk
+	if few, many := series(10, 1), series(110, 1); many-few > 100*ofEach {
+		t.Errorf("100 more VMs make %d more series; want %d at most", many-few, 100*ofEach)
+	}
 }

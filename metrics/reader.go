@@ -16,6 +16,9 @@ import (
 type Source interface {
 	VMs(ctx context.Context) ([]agent.VMView, agent.Discovery)
 	Operations(ctx context.Context, filter agent.OperationFilter) ([]op.Record, error)
+	Usage(ctx context.Context) []agent.VMUsage
+	Ledger(ctx context.Context) (agent.Ledger, error)
+	Scheduler() agent.SchedulerView
 }
 
 // readTimeout bounds each reading. Prometheus gives up on a scrape after 10 s
@@ -27,16 +30,20 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	descVMs          = desc("vms", "VMs that are known, by state.", "state")
+	descVMs          = desc("vms", "VMs that are known: `running`, `paused`, `stopped`, `unknown`.", "state")
 	descGuestsFrozen = desc("guests_frozen", "Guests that are held frozen.")
 	descGuestFrozen  = desc("guest_frozen", "1 for each guest that is held frozen; absent for the others.", "vm")
 	descUnresolved   = desc("guests_freeze_unresolved", "Guests that may be frozen still, since their agent does not answer.")
-	descFallback     = desc("discovery_fallback", "1 when VMs are found by scanning, since process events cannot be had.")
-	descRunning      = desc("operations_running", "Operations that have not ended, by kind.", "kind")
-	descBytes        = desc("operation_bytes", "Bytes that an operation which runs has moved.", "vm", "kind")
+	descPaused       = desc("guest_paused", "1 for each guest whose CPUs stand still; absent for the others.", "vm")
+	descMonitorUp    = desc("monitor_up", "Whether the QEMU of a VM that runs talks to vmsnapd.", "vm")
+	descChain        = desc("disk_chain_layers", "Layers of a disk that lie on each other, the active one included.", "vm", "disk")
+	descFallback     = desc("discovery_fallback", "1 when VMs are found by scanning, with a delay of seconds, since process events cannot be had.")
+	descRunning      = desc("operations_running", "Operations that have not ended, those that wait included.", "kind")
+	descQueued       = desc("operations_queued", "Operations that wait for their turn.")
+	descBytes        = desc("operation_bytes", "Bytes that an operation which runs has moved; absent for one that moves none.", "vm", "kind")
 	descBytesTotal   = desc("operation_bytes_expected", "Bytes that it will have moved; absent when unknown.", "vm", "kind")
 	descRate         = desc("operation_bytes_per_second", "How fast it moves them, over the last seconds.", "vm", "kind")
-	descSuccess      = desc("collector_success", "Whether this part of the scrape could be read.", "collector")
+	descSuccess      = desc("collector_success", "0 when this part of the scrape could not be read within two seconds.", "collector")
 )
 
 // reading is one part of what is read at each scrape.
@@ -56,6 +63,9 @@ func newReader(source Source) *reader {
 	r := &reader{source: source, readings: []*reading{
 		{name: "vms", read: readVMs},
 		{name: "operations", read: readOperations},
+		{name: "usage", read: readUsage},
+		{name: "ledger", read: readLedger},
+		{name: "scheduler", read: readScheduler},
 	}}
 	for _, reading := range r.readings {
 		reading.turn = make(chan struct{}, 1)
@@ -67,9 +77,12 @@ func newReader(source Source) *reader {
 // Describe tells which metrics there are.
 func (r *reader) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descVMs, descGuestsFrozen, descGuestFrozen, descUnresolved, descFallback, descRunning,
-		descBytes, descBytesTotal, descRate, descSuccess,
+		descVMs, descGuestsFrozen, descGuestFrozen, descUnresolved, descPaused, descMonitorUp, descChain, descFallback,
+		descRunning, descQueued, descBytes, descBytesTotal, descRate, descSuccess,
 		descLayerBytes, descForeignBytes, descMemoryBytes, descReclaimableBytes,
+		descActiveBytes, descFreeBytes, descIOBytes, descIOOperations, descPressure,
+		descCatalogBytes, descJournalEntries, descLastSnapshot,
+		descRunsWaiting, descOldestRun, descLooked,
 	} {
 		out <- d
 	}
@@ -153,7 +166,45 @@ func readVMs(ctx context.Context, source Source) ([]prometheus.Metric, error) {
 	for name := range names {
 		out = append(out, gauge(descGuestFrozen, 1, name))
 	}
+	out = append(out, standOf(vms)...)
 	return append(out, spaceOf(vms)...), nil
+}
+
+// standOf tells of each VM that runs whether its monitor answers and whether its
+// guest stands still, and of each disk how long its chain is. Of VMs of one name
+// it is the worst that counts.
+func standOf(vms []agent.VMView) []prometheus.Metric {
+	up, paused, chains := map[string]float64{}, map[string]bool{}, map[[2]string]float64{}
+	for _, vm := range vms {
+		name := valid(vm.Name)
+		if vm.State == agent.Paused {
+			paused[name] = true
+		}
+		if vm.Process != nil {
+			answers := 1.0
+			if vm.State == agent.Unknown {
+				answers = 0
+			}
+			if before, told := up[name]; !told || answers < before {
+				up[name] = answers
+			}
+		}
+		for _, d := range vm.Disks {
+			key := [2]string{name, valid(d.Device)}
+			chains[key] = max(chains[key], float64(len(d.Layers)))
+		}
+	}
+	var out []prometheus.Metric
+	for name := range paused {
+		out = append(out, gauge(descPaused, 1, name))
+	}
+	for name, answers := range up {
+		out = append(out, gauge(descMonitorUp, answers, name))
+	}
+	for key, layers := range chains {
+		out = append(out, gauge(descChain, layers, key[:]...))
+	}
+	return out
 }
 
 // maxRunning bounds the operations that are counted; there is one for each VM.
@@ -165,13 +216,17 @@ func readOperations(ctx context.Context, source Source) ([]prometheus.Metric, er
 		return nil, err
 	}
 	running := map[op.Kind]int{}
-	for _, kind := range kinds {
+	for _, kind := range op.Kinds {
 		running[kind] = 0
 	}
 	var out []prometheus.Metric
+	queued := 0
 	told := map[[2]string]bool{} // names need not be unique
 	for _, r := range records {
 		running[r.Kind]++
+		if r.State == op.Queued {
+			queued++
+		}
 		labels := [2]string{valid(r.VMName), string(r.Kind)}
 		if r.Progress.Unit != "bytes" || told[labels] {
 			continue
@@ -185,8 +240,11 @@ func readOperations(ctx context.Context, source Source) ([]prometheus.Metric, er
 	for kind, n := range running {
 		out = append(out, gauge(descRunning, float64(n), string(kind)))
 	}
-	return out, nil
+	return append(out, gauge(descQueued, float64(queued))), nil
 }
 
 // valid makes a string of the host fit for a label.
 func valid(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
+
+// seconds is a time as Prometheus has it.
+func seconds(t time.Time) float64 { return float64(t.UnixNano()) / 1e9 }

@@ -38,7 +38,8 @@ func TestRPM(t *testing.T) {
 		"/usr/share/man/man1/vmsnap-snapshot-create.1.gz": 0o644, "/usr/share/zsh/site-functions/_vmsnap": 0o644,
 		"/usr/share/bash-completion/completions/vmsnap": 0o644, "/usr/share/fish/vendor_completions.d/vmsnap.fish": 0o644,
 		"/usr/share/licenses/vmsnap/LICENSE": 0o644, "/usr/share/vmsnap/unprivileged.conf": 0o644,
-		"/usr/share/vmsnap/polkit.rules": 0o644,
+		"/usr/share/vmsnap/polkit.rules": 0o644, "/usr/share/vmsnap/prometheus/vmsnap.rules.yml": 0o644,
+		"/usr/share/vmsnap/grafana/vmsnap.json": 0o644,
 	} {
 		if fi, err := os.Stat(filepath.Join(root, path)); err != nil || fi.Mode().Perm() != mode || fi.Size() == 0 {
 			t.Errorf("%s: %v, want mode %o", path, err, mode)

@@ -130,3 +130,22 @@ func TestRenameAndDeleteSnapshot(t *testing.T) {
 	check(t, err)
 	check(t, c.RenameSnapshot(ctx, "s2", "three")) // free again
 }
+
+func TestLastSnapshots(t *testing.T) {
+	ctx, c := t.Context(), openTest(t, t.TempDir())
+	vm, disk := seed(t, c, "web")
+	seed(t, c, "idle")
+	for i, state := range []PointState{PointValid, PointValid, PointDeleting} {
+		s := snapshot(vm, disk, string(rune('a'+i)), string(rune('a'+i)), "web-1")
+		s.Created, s.State = time.Unix(int64(100+i), 0).UTC(), state
+		check(t, c.CommitSnapshot(ctx, Commit{Snapshot: s}))
+	}
+	last, err := c.LastSnapshots(ctx)
+	check(t, err)
+	same(t, "the newest that can be restored", last, map[string]time.Time{vm.ID: time.Unix(101, 0).UTC()})
+	size, err := c.Size(ctx)
+	check(t, err)
+	if size.Database == 0 || size.Log == 0 || size.Journal != 0 {
+		t.Errorf("size: %+v", size)
+	}
+}

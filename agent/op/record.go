@@ -32,6 +32,12 @@ const (
 	KindSettle        Kind = "settle"         // point launch paths at the active layers of a stopped VM
 )
 
+// Kinds are all of them.
+var Kinds = []Kind{
+	KindSnapshot, KindFreeze, KindGroup, KindGroupRestore, KindVerify, KindRestore, KindPreview, KindPreviewCommit, KindPreviewUndo,
+	KindRepair, KindDelete, KindExport, KindClone, KindSettle, KindUpkeep, KindAttach, KindDetach,
+}
+
 // State is where an operation is in its life.
 type State string
 

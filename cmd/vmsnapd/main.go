@@ -201,7 +201,7 @@ func openAgent(ctx context.Context, c config, m *metrics.Metrics, log hclog.Logg
 		MergeSpeed: uint64(c.MergeSpeed) << 20, MaxChain: c.MaxChain,
 		UpkeepSpeed: uint64(c.UpkeepSpeed) << 20, UpkeepInterval: c.UpkeepInterval,
 		ScheduleCaps: agent.ScheduleCaps{Keep: c.ScheduleMaxKeep, MaxAge: c.ScheduleMaxAge},
-		OnOperation:  m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow, OnPause: m.ObservePause,
+		OnOperation:  m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow, OnPause: m.ObservePause, OnRun: m.ObserveRun,
 	})
 }
 

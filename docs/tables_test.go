@@ -1,14 +1,11 @@
 package docs_test
 
 import (
-	"context"
-	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
 	"io/fs"
 	"maps"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,17 +14,13 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 
-	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/event"
-	"github.com/vmsnap/vmsnap/agent/op"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
-	"github.com/vmsnap/vmsnap/metrics"
 )
 
 // table returns the rows of the table whose header begins with a word: the
@@ -289,53 +282,22 @@ func TestFindings(t *testing.T) {
 	}
 }
 
-// oneVM is a host with something in every metric.
-type oneVM struct{}
-
-func (oneVM) VMs(context.Context) ([]agent.VMView, agent.Discovery) {
-	return []agent.VMView{{ID: "1", Name: "web", State: agent.Running, Freeze: &agent.FreezeView{}, Space: &agent.VMSpace{}}}, agent.Discovery{}
-}
-
-func (oneVM) Operations(context.Context, agent.OperationFilter) ([]op.Record, error) {
-	return []op.Record{{Kind: op.KindSnapshot, VMName: "web", Progress: op.Progress{Done: 1, Total: 2, Unit: "bytes"}}}, nil
-}
-
-func TestMetrics(t *testing.T) {
-	m := metrics.New("1.2.3")
-	m.Watch(oneVM{})
-	m.ObserveFreezeWindow(time.Second)
-	answer := httptest.NewRecorder()
-	m.Handler().ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
-	kinds, labels := map[string]string{}, map[string][]string{}
-	sample := regexp.MustCompile(`^(vmsnap_\w+?)(?:_bucket|_sum|_count)?(?:\{(.*)\})? `)
-	label := regexp.MustCompile(`(\w+)="`)
-	for line := range strings.Lines(answer.Body.String()) {
-		var metric, kind string
-		if _, err := fmt.Sscanf(line, "# TYPE %s %s", &metric, &kind); err == nil && strings.HasPrefix(metric, "vmsnap_") {
-			kinds[metric] = kind
-		}
-		if m := sample.FindStringSubmatch(line); m != nil && kinds[m[1]] != "" {
-			for _, l := range label.FindAllStringSubmatch(m[2], -1) {
-				if l[1] != "le" && !slices.Contains(labels[m[1]], l[1]) {
-					labels[m[1]] = append(labels[m[1]], l[1])
+// TestHostChecks compares what is checked of a host, by the daemon and by the
+// command, with the table.
+func TestHostChecks(t *testing.T) {
+	hostCode := regexp.MustCompile(`^host[A-Z]`)
+	var codes []string
+	for _, dir := range []string{"../agent", "../cmd/vmsnap"} {
+		syntax(t, dir, func(n ast.Node) {
+			if spec, ok := n.(*ast.ValueSpec); ok {
+				if code, ok := constant(spec); ok && hostCode.MatchString(spec.Names[0].Name) {
+					codes = append(codes, code)
 				}
 			}
-		}
+		})
 	}
-	type row struct {
-		Kind   string
-		Labels []string
-	}
-	want, got := map[string]row{}, map[string]row{}
-	for metric, kind := range kinds {
-		want[metric] = row{kind, slices.Sorted(slices.Values(labels[metric]))}
-	}
-	for _, r := range table(t, "metrics.md", "metric") {
-		names := strings.FieldsFunc(r[2], func(c rune) bool { return c == ',' || c == ' ' })
-		got[r[0]] = row{r[1], slices.Sorted(slices.Values(names))}
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("metrics.md and the metrics differ (-metrics +document):\n%s", diff)
+	if diff := cmp.Diff(slices.Sorted(slices.Values(codes)), column(table(t, "doctor.md", "check"), 0)); diff != "" {
+		t.Errorf("doctor.md and the code differ (-code +document):\n%s", diff)
 	}
 }
 

@@ -18,6 +18,7 @@ type Backend interface {
 	Thaw(ctx context.Context, ref string) (agent.ThawResult, error)
 	Diagnose(ctx context.Context, req agent.DoctorRequest) (agent.Diagnosis, error)
 	Repair(ctx context.Context, req agent.DoctorRequest) (agent.Diagnosis, error)
+	CheckHost(ctx context.Context) ([]agent.HostCheck, error)
 	RebuildCatalog(ctx context.Context, dirs []string) (agent.Rebuilt, error)
 
 	PlanSnapshot(ctx context.Context, req agent.SnapshotRequest) (agent.Plan, error)

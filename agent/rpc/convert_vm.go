@@ -111,6 +111,15 @@ func layerProto(l agent.LayerView) *vmsnapv1.Layer {
 	}
 }
 
+var hostStates = map[agent.HostState]vmsnapv1.HostState{
+	agent.HostWorks: vmsnapv1.HostState_HOST_STATE_WORKS, agent.HostLimited: vmsnapv1.HostState_HOST_STATE_LIMITED,
+	agent.HostBroken: vmsnapv1.HostState_HOST_STATE_BROKEN,
+}
+
+func checkProto(c agent.HostCheck) *vmsnapv1.HostCheck {
+	return &vmsnapv1.HostCheck{Code: text(c.Code), State: hostStates[c.State], Message: text(c.Message), Hint: text(c.Hint)}
+}
+
 func findingProto(f agent.Finding) *vmsnapv1.Finding {
 	return &vmsnapv1.Finding{
 		Code: text(f.Code), Message: text(f.Message), Hint: text(f.Hint), Repairable: f.Repairable, Repaired: f.Repaired,

@@ -50,11 +50,13 @@ var needed = map[string]Role{
 	vmsnapv1connect.VMServiceFreezeVMProcedure: Operator,
 	vmsnapv1connect.VMServiceThawVMProcedure:   Operator,
 	// A diagnosis changes nothing, but it reads images and talks to the guest.
-	vmsnapv1connect.VMServiceDiagnoseVMProcedure:     Operator,
-	vmsnapv1connect.VMServiceRepairVMProcedure:       Operator,
-	vmsnapv1connect.VMServiceForgetVMProcedure:       Admin,
-	vmsnapv1connect.VMServiceAttachDiskProcedure:     Admin,
-	vmsnapv1connect.VMServiceDetachDiskProcedure:     Admin,
+	vmsnapv1connect.VMServiceDiagnoseVMProcedure: Operator,
+	vmsnapv1connect.VMServiceRepairVMProcedure:   Operator,
+	vmsnapv1connect.VMServiceForgetVMProcedure:   Admin,
+	vmsnapv1connect.VMServiceAttachDiskProcedure: Admin,
+	vmsnapv1connect.VMServiceDetachDiskProcedure: Admin,
+	// It names directories and users, and no guest is asked.
+	vmsnapv1connect.VMServiceCheckHostProcedure:      Viewer,
 	vmsnapv1connect.VMServiceRebuildCatalogProcedure: Admin,
 
 	vmsnapv1connect.SnapshotServiceListSnapshotsProcedure:  Viewer,

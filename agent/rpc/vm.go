@@ -105,6 +105,14 @@ func (s vmService) RepairVM(ctx context.Context, req *connect.Request[vmsnapv1.R
 	return connect.NewResponse(&vmsnapv1.RepairVMResponse{Findings: each(d.Findings, findingProto)}), nil
 }
 
+func (s vmService) CheckHost(ctx context.Context, _ *connect.Request[vmsnapv1.CheckHostRequest]) (*connect.Response[vmsnapv1.CheckHostResponse], error) {
+	checks, err := s.backend.CheckHost(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.CheckHostResponse{Checks: each(checks, checkProto)}), nil
+}
+
 func (s vmService) RebuildCatalog(ctx context.Context, req *connect.Request[vmsnapv1.RebuildCatalogRequest]) (*connect.Response[vmsnapv1.RebuildCatalogResponse], error) {
 	if err := checkList("dirs", req.Msg.GetDirs(), maxDirs, maxDir); err != nil {
 		return nil, err

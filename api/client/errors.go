@@ -5,6 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"os/user"
+	"strconv"
 	"syscall"
 
 	"connectrpc.com/connect"
@@ -33,10 +36,10 @@ func (e *UnreachableError) detail() *vmsnapv1.Error {
 	case errors.Is(e.Err, fs.ErrPermission):
 		d.Code = vmsnapv1.ErrorCode_ERROR_CODE_DENIED
 		d.Message = fmt.Sprintf("the socket %s may not be opened by this user", e.Socket)
-		d.Hint = "join the group that owns the socket, or become root"
+		d.Hint = "join " + groupOf(e.Socket) + ", log in anew, or become root"
 	case errors.Is(e.Err, fs.ErrNotExist):
 		d.Message = fmt.Sprintf("vmsnapd cannot be reached: there is no socket %s", e.Socket)
-		d.Hint = "is vmsnapd running (systemctl status vmsnapd), and is this its socket?"
+		d.Hint = "start it (systemctl start vmsnapd), or name its socket with --socket or VMSNAP_SOCKET"
 	case errors.Is(e.Err, syscall.ECONNREFUSED):
 		d.Message = fmt.Sprintf("vmsnapd cannot be reached: nobody listens at the socket %s", e.Socket)
 		d.Hint = "vmsnapd has died or is being restarted: systemctl status vmsnapd"
@@ -45,6 +48,24 @@ func (e *UnreachableError) detail() *vmsnapv1.Error {
 		d.Hint = "is vmsnapd running and answering? systemctl status vmsnapd"
 	}
 	return d
+}
+
+// groupOf names the group that may open a socket, and how to join it.
+func groupOf(socket string) string {
+	const unknown = "the group that owns the socket"
+	fi, err := os.Stat(socket)
+	if err != nil {
+		return unknown
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok || st.Gid == 0 || fi.Mode()&0o020 == 0 {
+		return unknown
+	}
+	g, err := user.LookupGroupId(strconv.FormatUint(uint64(st.Gid), 10))
+	if err != nil {
+		return unknown
+	}
+	return fmt.Sprintf("the group %s that owns the socket (usermod --append --groups %s USER)", g.Name, g.Name)
 }
 
 // OperationError is the end of an operation that did not succeed.

@@ -16,7 +16,7 @@ type checkup struct{ repair, deep bool }
 
 func (a *app) doctor() *cobra.Command {
 	var c checkup
-	var rebuild bool
+	var rebuild, host bool
 	var dirs []string
 	cmd := &cobra.Command{
 		Use:   "doctor [VM]",
@@ -31,17 +31,26 @@ Nothing is changed without --repair, and nothing is ever deleted: files that see
 to be of no use are moved to .vmsnap/quarantine beside them. Exits with 1 when
 something is left that is wrong. See docs/doctor.md for each finding.
 
+With --host it is the host that is looked at: the kernel, QEMU, the rights of
+vmsnapd, the sockets of VMs and the file systems; what works, what is lost, and
+how to fix it. That works without a vmsnapd too, as far as one can see then.
+
 With --rebuild a catalog that was lost is made again from the manifests beside the
 layers, in the directories of the disks that are known and in those of --dir.`,
 		Example: `  vmsnap doctor
   vmsnap doctor web
   vmsnap doctor web --repair
   vmsnap doctor web --deep
+  vmsnap doctor --host
   vmsnap doctor --rebuild --dir /srv/vm/web`,
 		Args:              takes("[VM]"),
 		ValidArgsFunction: a.completing(a.completeVMs),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch {
+			case host && (rebuild || len(args) > 0 || c.repair || c.deep || len(dirs) > 0):
+				return usage(cmd, "--host is for the host, and goes with no VM and no other flag")
+			case host:
+				return a.checkHost()
 			case rebuild && (len(args) > 0 || c.repair || c.deep):
 				return usage(cmd, "--rebuild is for the whole catalog, and goes with --dir only")
 			case rebuild:
@@ -85,6 +94,7 @@ layers, in the directories of the disks that are known and in those of --dir.`,
 	flags := cmd.Flags()
 	flags.BoolVar(&c.repair, "repair", false, "repair what can be repaired")
 	flags.BoolVar(&c.deep, "deep", false, "also read saved memory and compare it with its checksum")
+	flags.BoolVar(&host, "host", false, "look at the host: what works on it, what does not, and why")
 	flags.BoolVar(&rebuild, "rebuild", false, "make a catalog that was lost again")
 	flags.StringArrayVar(&dirs, "dir", nil, "with --rebuild: also look into this `directory`; may be repeated")
 	must(cmd.MarkFlagDirname("dir"))

@@ -37,6 +37,9 @@ func (a *app) vmList() *cobra.Command {
 			if reason := res.Msg.GetDiscoveryReason(); reason != "" {
 				a.complain("warning: VMs are found by scanning, with a delay of seconds: %s", reason)
 			}
+			if len(res.Msg.GetVms()) == 0 {
+				a.complain("hint: there is no VM; vmsnap doctor --host tells what vmsnapd finds on this host")
+			}
 			return a.print(vmsResult(res.Msg))
 		},
 	}

@@ -186,6 +186,16 @@ func (b *Backend) Repair(ctx context.Context, req agent.DoctorRequest) (agent.Di
 	return d, err
 }
 
+// CheckHost finds a host at which something works, something is lost, and
+// something is broken.
+func (b *Backend) CheckHost(context.Context) ([]agent.HostCheck, error) {
+	return []agent.HostCheck{
+		{Code: "kernel", State: agent.HostWorks, Message: "Linux 6.1.0"},
+		{Code: "immutable-flag", State: agent.HostLimited, Message: "vmsnapd may not set the immutable flag", Hint: "give it CAP_LINUX_IMMUTABLE"},
+		{Code: "vm-sockets", State: agent.HostBroken, Message: "VM legacy: monitor-busy: another client holds its monitor", Hint: "end the other client"},
+	}, nil
+}
+
 // RebuildCatalog finds one VM, and skips a manifest.
 func (b *Backend) RebuildCatalog(_ context.Context, dirs []string) (agent.Rebuilt, error) {
 	var r agent.Rebuilt

@@ -22,6 +22,61 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// HostState is how far something works on a host.
+type HostState int32
+
+const (
+	HostState_HOST_STATE_UNSPECIFIED HostState = 0
+	HostState_HOST_STATE_WORKS       HostState = 1
+	// Snapshots are taken, and something is lost.
+	HostState_HOST_STATE_LIMITED HostState = 2
+	// Some VM or all cannot be snapshotted.
+	HostState_HOST_STATE_BROKEN HostState = 3
+)
+
+// Enum value maps for HostState.
+var (
+	HostState_name = map[int32]string{
+		0: "HOST_STATE_UNSPECIFIED",
+		1: "HOST_STATE_WORKS",
+		2: "HOST_STATE_LIMITED",
+		3: "HOST_STATE_BROKEN",
+	}
+	HostState_value = map[string]int32{
+		"HOST_STATE_UNSPECIFIED": 0,
+		"HOST_STATE_WORKS":       1,
+		"HOST_STATE_LIMITED":     2,
+		"HOST_STATE_BROKEN":      3,
+	}
+)
+
+func (x HostState) Enum() *HostState {
+	p := new(HostState)
+	*p = x
+	return p
+}
+
+func (x HostState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (HostState) Descriptor() protoreflect.EnumDescriptor {
+	return file_vmsnap_v1_services_proto_enumTypes[0].Descriptor()
+}
+
+func (HostState) Type() protoreflect.EnumType {
+	return &file_vmsnap_v1_services_proto_enumTypes[0]
+}
+
+func (x HostState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use HostState.Descriptor instead.
+func (HostState) EnumDescriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{0}
+}
+
 type ListVMsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -402,6 +457,157 @@ func (x *DiagnoseVMResponse) GetSkipped() string {
 	return ""
 }
 
+// HostCheck is what is said of one thing that vmsnapd needs of its host.
+type HostCheck struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A stable word. There may be several checks of one.
+	Code    string    `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
+	State   HostState `protobuf:"varint,2,opt,name=state,proto3,enum=vmsnap.v1.HostState" json:"state,omitempty"`
+	Message string    `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	// What to do about it. Empty when it works.
+	Hint          string `protobuf:"bytes,4,opt,name=hint,proto3" json:"hint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostCheck) Reset() {
+	*x = HostCheck{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostCheck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostCheck) ProtoMessage() {}
+
+func (x *HostCheck) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostCheck.ProtoReflect.Descriptor instead.
+func (*HostCheck) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *HostCheck) GetCode() string {
+	if x != nil {
+		return x.Code
+	}
+	return ""
+}
+
+func (x *HostCheck) GetState() HostState {
+	if x != nil {
+		return x.State
+	}
+	return HostState_HOST_STATE_UNSPECIFIED
+}
+
+func (x *HostCheck) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *HostCheck) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+type CheckHostRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckHostRequest) Reset() {
+	*x = CheckHostRequest{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckHostRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckHostRequest) ProtoMessage() {}
+
+func (x *CheckHostRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckHostRequest.ProtoReflect.Descriptor instead.
+func (*CheckHostRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{8}
+}
+
+type CheckHostResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Checks        []*HostCheck           `protobuf:"bytes,1,rep,name=checks,proto3" json:"checks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckHostResponse) Reset() {
+	*x = CheckHostResponse{}
+	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckHostResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckHostResponse) ProtoMessage() {}
+
+func (x *CheckHostResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckHostResponse.ProtoReflect.Descriptor instead.
+func (*CheckHostResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CheckHostResponse) GetChecks() []*HostCheck {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
 type RepairVMRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Vm    string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
@@ -413,7 +619,7 @@ type RepairVMRequest struct {
 
 func (x *RepairVMRequest) Reset() {
 	*x = RepairVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -425,7 +631,7 @@ func (x *RepairVMRequest) String() string {
 func (*RepairVMRequest) ProtoMessage() {}
 
 func (x *RepairVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -438,7 +644,7 @@ func (x *RepairVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepairVMRequest.ProtoReflect.Descriptor instead.
 func (*RepairVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{7}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RepairVMRequest) GetVm() string {
@@ -464,7 +670,7 @@ type RepairVMResponse struct {
 
 func (x *RepairVMResponse) Reset() {
 	*x = RepairVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -476,7 +682,7 @@ func (x *RepairVMResponse) String() string {
 func (*RepairVMResponse) ProtoMessage() {}
 
 func (x *RepairVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -489,7 +695,7 @@ func (x *RepairVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepairVMResponse.ProtoReflect.Descriptor instead.
 func (*RepairVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{8}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *RepairVMResponse) GetFindings() []*Finding {
@@ -510,7 +716,7 @@ type RebuildCatalogRequest struct {
 
 func (x *RebuildCatalogRequest) Reset() {
 	*x = RebuildCatalogRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -522,7 +728,7 @@ func (x *RebuildCatalogRequest) String() string {
 func (*RebuildCatalogRequest) ProtoMessage() {}
 
 func (x *RebuildCatalogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -535,7 +741,7 @@ func (x *RebuildCatalogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebuildCatalogRequest.ProtoReflect.Descriptor instead.
 func (*RebuildCatalogRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{9}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RebuildCatalogRequest) GetDirs() []string {
@@ -556,7 +762,7 @@ type RebuildCatalogResponse struct {
 
 func (x *RebuildCatalogResponse) Reset() {
 	*x = RebuildCatalogResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -568,7 +774,7 @@ func (x *RebuildCatalogResponse) String() string {
 func (*RebuildCatalogResponse) ProtoMessage() {}
 
 func (x *RebuildCatalogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -581,7 +787,7 @@ func (x *RebuildCatalogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebuildCatalogResponse.ProtoReflect.Descriptor instead.
 func (*RebuildCatalogResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{10}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RebuildCatalogResponse) GetVms() []*RebuiltVM {
@@ -611,7 +817,7 @@ type RebuiltVM struct {
 
 func (x *RebuiltVM) Reset() {
 	*x = RebuiltVM{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -623,7 +829,7 @@ func (x *RebuiltVM) String() string {
 func (*RebuiltVM) ProtoMessage() {}
 
 func (x *RebuiltVM) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -636,7 +842,7 @@ func (x *RebuiltVM) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebuiltVM.ProtoReflect.Descriptor instead.
 func (*RebuiltVM) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{11}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RebuiltVM) GetId() string {
@@ -678,7 +884,7 @@ type ForgetVMRequest struct {
 
 func (x *ForgetVMRequest) Reset() {
 	*x = ForgetVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -690,7 +896,7 @@ func (x *ForgetVMRequest) String() string {
 func (*ForgetVMRequest) ProtoMessage() {}
 
 func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[12]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -703,7 +909,7 @@ func (x *ForgetVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMRequest.ProtoReflect.Descriptor instead.
 func (*ForgetVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{12}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ForgetVMRequest) GetVm() string {
@@ -730,7 +936,7 @@ type ForgetVMResponse struct {
 
 func (x *ForgetVMResponse) Reset() {
 	*x = ForgetVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +948,7 @@ func (x *ForgetVMResponse) String() string {
 func (*ForgetVMResponse) ProtoMessage() {}
 
 func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[13]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +961,7 @@ func (x *ForgetVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetVMResponse.ProtoReflect.Descriptor instead.
 func (*ForgetVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{13}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ForgetVMResponse) GetLayers() []string {
@@ -780,7 +986,7 @@ type FreezeVMRequest struct {
 
 func (x *FreezeVMRequest) Reset() {
 	*x = FreezeVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +998,7 @@ func (x *FreezeVMRequest) String() string {
 func (*FreezeVMRequest) ProtoMessage() {}
 
 func (x *FreezeVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[14]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +1011,7 @@ func (x *FreezeVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeVMRequest.ProtoReflect.Descriptor instead.
 func (*FreezeVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{14}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *FreezeVMRequest) GetVm() string {
@@ -845,7 +1051,7 @@ type FreezeVMResponse struct {
 
 func (x *FreezeVMResponse) Reset() {
 	*x = FreezeVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +1063,7 @@ func (x *FreezeVMResponse) String() string {
 func (*FreezeVMResponse) ProtoMessage() {}
 
 func (x *FreezeVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[15]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +1076,7 @@ func (x *FreezeVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeVMResponse.ProtoReflect.Descriptor instead.
 func (*FreezeVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{15}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *FreezeVMResponse) GetFreeze() *Freeze {
@@ -889,7 +1095,7 @@ type ThawVMRequest struct {
 
 func (x *ThawVMRequest) Reset() {
 	*x = ThawVMRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -901,7 +1107,7 @@ func (x *ThawVMRequest) String() string {
 func (*ThawVMRequest) ProtoMessage() {}
 
 func (x *ThawVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[16]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -914,7 +1120,7 @@ func (x *ThawVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ThawVMRequest.ProtoReflect.Descriptor instead.
 func (*ThawVMRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{16}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ThawVMRequest) GetVm() string {
@@ -935,7 +1141,7 @@ type ThawVMResponse struct {
 
 func (x *ThawVMResponse) Reset() {
 	*x = ThawVMResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -947,7 +1153,7 @@ func (x *ThawVMResponse) String() string {
 func (*ThawVMResponse) ProtoMessage() {}
 
 func (x *ThawVMResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[17]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -960,7 +1166,7 @@ func (x *ThawVMResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ThawVMResponse.ProtoReflect.Descriptor instead.
 func (*ThawVMResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{17}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ThawVMResponse) GetWasFrozen() bool {
@@ -1021,7 +1227,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1033,7 +1239,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[18]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1046,7 +1252,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{18}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CreateSnapshotRequest) GetVm() string {
@@ -1191,7 +1397,7 @@ type CreateSnapshotResponse struct {
 
 func (x *CreateSnapshotResponse) Reset() {
 	*x = CreateSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1203,7 +1409,7 @@ func (x *CreateSnapshotResponse) String() string {
 func (*CreateSnapshotResponse) ProtoMessage() {}
 
 func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[19]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1216,7 +1422,7 @@ func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{19}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CreateSnapshotResponse) GetOperation() *Operation {
@@ -1246,7 +1452,7 @@ type CreateGroupRequest struct {
 
 func (x *CreateGroupRequest) Reset() {
 	*x = CreateGroupRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1464,7 @@ func (x *CreateGroupRequest) String() string {
 func (*CreateGroupRequest) ProtoMessage() {}
 
 func (x *CreateGroupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[20]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1477,7 @@ func (x *CreateGroupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateGroupRequest.ProtoReflect.Descriptor instead.
 func (*CreateGroupRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{20}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CreateGroupRequest) GetName() string {
@@ -1325,7 +1531,7 @@ type CreateGroupResponse struct {
 
 func (x *CreateGroupResponse) Reset() {
 	*x = CreateGroupResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1337,7 +1543,7 @@ func (x *CreateGroupResponse) String() string {
 func (*CreateGroupResponse) ProtoMessage() {}
 
 func (x *CreateGroupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[21]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1350,7 +1556,7 @@ func (x *CreateGroupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateGroupResponse.ProtoReflect.Descriptor instead.
 func (*CreateGroupResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{21}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateGroupResponse) GetOperation() *Operation {
@@ -1370,7 +1576,7 @@ type VerifySnapshotRequest struct {
 
 func (x *VerifySnapshotRequest) Reset() {
 	*x = VerifySnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1382,7 +1588,7 @@ func (x *VerifySnapshotRequest) String() string {
 func (*VerifySnapshotRequest) ProtoMessage() {}
 
 func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[22]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1395,7 +1601,7 @@ func (x *VerifySnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifySnapshotRequest.ProtoReflect.Descriptor instead.
 func (*VerifySnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{22}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *VerifySnapshotRequest) GetSnapshot() string {
@@ -1414,7 +1620,7 @@ type VerifySnapshotResponse struct {
 
 func (x *VerifySnapshotResponse) Reset() {
 	*x = VerifySnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1426,7 +1632,7 @@ func (x *VerifySnapshotResponse) String() string {
 func (*VerifySnapshotResponse) ProtoMessage() {}
 
 func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[23]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1439,7 +1645,7 @@ func (x *VerifySnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifySnapshotResponse.ProtoReflect.Descriptor instead.
 func (*VerifySnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{23}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *VerifySnapshotResponse) GetOperation() *Operation {
@@ -1458,7 +1664,7 @@ type PlanSnapshotResponse struct {
 
 func (x *PlanSnapshotResponse) Reset() {
 	*x = PlanSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1470,7 +1676,7 @@ func (x *PlanSnapshotResponse) String() string {
 func (*PlanSnapshotResponse) ProtoMessage() {}
 
 func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[24]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +1689,7 @@ func (x *PlanSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*PlanSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{24}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PlanSnapshotResponse) GetPlan() *Plan {
@@ -1516,7 +1722,7 @@ type Plan struct {
 
 func (x *Plan) Reset() {
 	*x = Plan{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1734,7 @@ func (x *Plan) String() string {
 func (*Plan) ProtoMessage() {}
 
 func (x *Plan) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[25]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1747,7 @@ func (x *Plan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Plan.ProtoReflect.Descriptor instead.
 func (*Plan) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{25}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Plan) GetVmName() string {
@@ -1632,7 +1838,7 @@ type PlanMemory struct {
 
 func (x *PlanMemory) Reset() {
 	*x = PlanMemory{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1644,7 +1850,7 @@ func (x *PlanMemory) String() string {
 func (*PlanMemory) ProtoMessage() {}
 
 func (x *PlanMemory) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[26]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1657,7 +1863,7 @@ func (x *PlanMemory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanMemory.ProtoReflect.Descriptor instead.
 func (*PlanMemory) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{26}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PlanMemory) GetStrategy() MemoryStrategy {
@@ -1746,7 +1952,7 @@ type PlanDisk struct {
 
 func (x *PlanDisk) Reset() {
 	*x = PlanDisk{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1758,7 +1964,7 @@ func (x *PlanDisk) String() string {
 func (*PlanDisk) ProtoMessage() {}
 
 func (x *PlanDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[27]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1771,7 +1977,7 @@ func (x *PlanDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlanDisk.ProtoReflect.Descriptor instead.
 func (*PlanDisk) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{27}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *PlanDisk) GetDevice() string {
@@ -1828,7 +2034,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1840,7 +2046,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[28]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1853,7 +2059,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{28}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListSnapshotsRequest) GetVm() string {
@@ -1879,7 +2085,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1891,7 +2097,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[29]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1904,7 +2110,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{29}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1923,7 +2129,7 @@ type GetSnapshotRequest struct {
 
 func (x *GetSnapshotRequest) Reset() {
 	*x = GetSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1935,7 +2141,7 @@ func (x *GetSnapshotRequest) String() string {
 func (*GetSnapshotRequest) ProtoMessage() {}
 
 func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[30]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1948,7 +2154,7 @@ func (x *GetSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*GetSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{30}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetSnapshotRequest) GetSnapshot() string {
@@ -1967,7 +2173,7 @@ type GetSnapshotResponse struct {
 
 func (x *GetSnapshotResponse) Reset() {
 	*x = GetSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1979,7 +2185,7 @@ func (x *GetSnapshotResponse) String() string {
 func (*GetSnapshotResponse) ProtoMessage() {}
 
 func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[31]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1992,7 +2198,7 @@ func (x *GetSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*GetSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{31}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetSnapshotResponse) GetSnapshot() *Snapshot {
@@ -2012,7 +2218,7 @@ type RenameSnapshotRequest struct {
 
 func (x *RenameSnapshotRequest) Reset() {
 	*x = RenameSnapshotRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2024,7 +2230,7 @@ func (x *RenameSnapshotRequest) String() string {
 func (*RenameSnapshotRequest) ProtoMessage() {}
 
 func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[32]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2037,7 +2243,7 @@ func (x *RenameSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{32}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RenameSnapshotRequest) GetSnapshot() string {
@@ -2063,7 +2269,7 @@ type RenameSnapshotResponse struct {
 
 func (x *RenameSnapshotResponse) Reset() {
 	*x = RenameSnapshotResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2075,7 +2281,7 @@ func (x *RenameSnapshotResponse) String() string {
 func (*RenameSnapshotResponse) ProtoMessage() {}
 
 func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[33]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2088,7 +2294,7 @@ func (x *RenameSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*RenameSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{33}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RenameSnapshotResponse) GetSnapshot() *Snapshot {
@@ -2111,7 +2317,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2123,7 +2329,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[34]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2136,7 +2342,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{34}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListOperationsRequest) GetVm() string {
@@ -2169,7 +2375,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2181,7 +2387,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[35]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2194,7 +2400,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{35}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*Operation {
@@ -2213,7 +2419,7 @@ type GetOperationRequest struct {
 
 func (x *GetOperationRequest) Reset() {
 	*x = GetOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2225,7 +2431,7 @@ func (x *GetOperationRequest) String() string {
 func (*GetOperationRequest) ProtoMessage() {}
 
 func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[36]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2238,7 +2444,7 @@ func (x *GetOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationRequest.ProtoReflect.Descriptor instead.
 func (*GetOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{36}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetOperationRequest) GetId() string {
@@ -2257,7 +2463,7 @@ type GetOperationResponse struct {
 
 func (x *GetOperationResponse) Reset() {
 	*x = GetOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2269,7 +2475,7 @@ func (x *GetOperationResponse) String() string {
 func (*GetOperationResponse) ProtoMessage() {}
 
 func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[37]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2282,7 +2488,7 @@ func (x *GetOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOperationResponse.ProtoReflect.Descriptor instead.
 func (*GetOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{37}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetOperationResponse) GetOperation() *Operation {
@@ -2301,7 +2507,7 @@ type WatchOperationRequest struct {
 
 func (x *WatchOperationRequest) Reset() {
 	*x = WatchOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2313,7 +2519,7 @@ func (x *WatchOperationRequest) String() string {
 func (*WatchOperationRequest) ProtoMessage() {}
 
 func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[38]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2326,7 +2532,7 @@ func (x *WatchOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationRequest.ProtoReflect.Descriptor instead.
 func (*WatchOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{38}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *WatchOperationRequest) GetId() string {
@@ -2345,7 +2551,7 @@ type WatchOperationResponse struct {
 
 func (x *WatchOperationResponse) Reset() {
 	*x = WatchOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2357,7 +2563,7 @@ func (x *WatchOperationResponse) String() string {
 func (*WatchOperationResponse) ProtoMessage() {}
 
 func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[39]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2370,7 +2576,7 @@ func (x *WatchOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchOperationResponse.ProtoReflect.Descriptor instead.
 func (*WatchOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{39}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *WatchOperationResponse) GetOperation() *Operation {
@@ -2389,7 +2595,7 @@ type CancelOperationRequest struct {
 
 func (x *CancelOperationRequest) Reset() {
 	*x = CancelOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[40]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2401,7 +2607,7 @@ func (x *CancelOperationRequest) String() string {
 func (*CancelOperationRequest) ProtoMessage() {}
 
 func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[40]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2414,7 +2620,7 @@ func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
 func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{40}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CancelOperationRequest) GetId() string {
@@ -2433,7 +2639,7 @@ type CancelOperationResponse struct {
 
 func (x *CancelOperationResponse) Reset() {
 	*x = CancelOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[41]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2445,7 +2651,7 @@ func (x *CancelOperationResponse) String() string {
 func (*CancelOperationResponse) ProtoMessage() {}
 
 func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[41]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2458,7 +2664,7 @@ func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
 func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{41}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CancelOperationResponse) GetOperation() *Operation {
@@ -2477,7 +2683,7 @@ type PauseOperationRequest struct {
 
 func (x *PauseOperationRequest) Reset() {
 	*x = PauseOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[42]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2489,7 +2695,7 @@ func (x *PauseOperationRequest) String() string {
 func (*PauseOperationRequest) ProtoMessage() {}
 
 func (x *PauseOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[42]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2502,7 +2708,7 @@ func (x *PauseOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseOperationRequest.ProtoReflect.Descriptor instead.
 func (*PauseOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{42}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *PauseOperationRequest) GetId() string {
@@ -2521,7 +2727,7 @@ type PauseOperationResponse struct {
 
 func (x *PauseOperationResponse) Reset() {
 	*x = PauseOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[43]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2533,7 +2739,7 @@ func (x *PauseOperationResponse) String() string {
 func (*PauseOperationResponse) ProtoMessage() {}
 
 func (x *PauseOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[43]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2546,7 +2752,7 @@ func (x *PauseOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseOperationResponse.ProtoReflect.Descriptor instead.
 func (*PauseOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{43}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PauseOperationResponse) GetOperation() *Operation {
@@ -2565,7 +2771,7 @@ type ResumeOperationRequest struct {
 
 func (x *ResumeOperationRequest) Reset() {
 	*x = ResumeOperationRequest{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[44]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2577,7 +2783,7 @@ func (x *ResumeOperationRequest) String() string {
 func (*ResumeOperationRequest) ProtoMessage() {}
 
 func (x *ResumeOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[44]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2590,7 +2796,7 @@ func (x *ResumeOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeOperationRequest.ProtoReflect.Descriptor instead.
 func (*ResumeOperationRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{44}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ResumeOperationRequest) GetId() string {
@@ -2609,7 +2815,7 @@ type ResumeOperationResponse struct {
 
 func (x *ResumeOperationResponse) Reset() {
 	*x = ResumeOperationResponse{}
-	mi := &file_vmsnap_v1_services_proto_msgTypes[45]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2621,7 +2827,7 @@ func (x *ResumeOperationResponse) String() string {
 func (*ResumeOperationResponse) ProtoMessage() {}
 
 func (x *ResumeOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_services_proto_msgTypes[45]
+	mi := &file_vmsnap_v1_services_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2634,7 +2840,7 @@ func (x *ResumeOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeOperationResponse.ProtoReflect.Descriptor instead.
 func (*ResumeOperationResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{45}
+	return file_vmsnap_v1_services_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ResumeOperationResponse) GetOperation() *Operation {
@@ -2672,7 +2878,15 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x04deep\x18\x02 \x01(\bR\x04deep\"^\n" +
 	"\x12DiagnoseVMResponse\x12.\n" +
 	"\bfindings\x18\x01 \x03(\v2\x12.vmsnap.v1.FindingR\bfindings\x12\x18\n" +
-	"\askipped\x18\x02 \x01(\tR\askipped\"5\n" +
+	"\askipped\x18\x02 \x01(\tR\askipped\"y\n" +
+	"\tHostCheck\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\tR\x04code\x12*\n" +
+	"\x05state\x18\x02 \x01(\x0e2\x14.vmsnap.v1.HostStateR\x05state\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x12\x12\n" +
+	"\x04hint\x18\x04 \x01(\tR\x04hint\"\x12\n" +
+	"\x10CheckHostRequest\"A\n" +
+	"\x11CheckHostResponse\x12,\n" +
+	"\x06checks\x18\x01 \x03(\v2\x14.vmsnap.v1.HostCheckR\x06checks\"5\n" +
 	"\x0fRepairVMRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x12\n" +
 	"\x04deep\x18\x02 \x01(\bR\x04deep\"B\n" +
@@ -2825,7 +3039,12 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x16ResumeOperationRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"M\n" +
 	"\x17ResumeOperationResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation2\xde\x05\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation*l\n" +
+	"\tHostState\x12\x1a\n" +
+	"\x16HOST_STATE_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10HOST_STATE_WORKS\x10\x01\x12\x16\n" +
+	"\x12HOST_STATE_LIMITED\x10\x02\x12\x15\n" +
+	"\x11HOST_STATE_BROKEN\x10\x032\xab\x06\n" +
 	"\tVMService\x12E\n" +
 	"\aListVMs\x12\x19.vmsnap.v1.ListVMsRequest\x1a\x1a.vmsnap.v1.ListVMsResponse\"\x03\x90\x02\x01\x12?\n" +
 	"\x05GetVM\x12\x17.vmsnap.v1.GetVMRequest\x1a\x18.vmsnap.v1.GetVMResponse\"\x03\x90\x02\x01\x12C\n" +
@@ -2838,7 +3057,8 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"DetachDisk\x12\x1c.vmsnap.v1.DetachDiskRequest\x1a\x1d.vmsnap.v1.DetachDiskResponse\x12N\n" +
 	"\n" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
-	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse\x12U\n" +
+	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse\x12K\n" +
+	"\tCheckHost\x12\x1b.vmsnap.v1.CheckHostRequest\x1a\x1c.vmsnap.v1.CheckHostResponse\"\x03\x90\x02\x01\x12U\n" +
 	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xa0\r\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12L\n" +
@@ -2883,214 +3103,223 @@ func file_vmsnap_v1_services_proto_rawDescGZIP() []byte {
 	return file_vmsnap_v1_services_proto_rawDescData
 }
 
-var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_vmsnap_v1_services_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_vmsnap_v1_services_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_vmsnap_v1_services_proto_goTypes = []any{
-	(*ListVMsRequest)(nil),          // 0: vmsnap.v1.ListVMsRequest
-	(*ListVMsResponse)(nil),         // 1: vmsnap.v1.ListVMsResponse
-	(*GetVMRequest)(nil),            // 2: vmsnap.v1.GetVMRequest
-	(*GetVMResponse)(nil),           // 3: vmsnap.v1.GetVMResponse
-	(*Finding)(nil),                 // 4: vmsnap.v1.Finding
-	(*DiagnoseVMRequest)(nil),       // 5: vmsnap.v1.DiagnoseVMRequest
-	(*DiagnoseVMResponse)(nil),      // 6: vmsnap.v1.DiagnoseVMResponse
-	(*RepairVMRequest)(nil),         // 7: vmsnap.v1.RepairVMRequest
-	(*RepairVMResponse)(nil),        // 8: vmsnap.v1.RepairVMResponse
-	(*RebuildCatalogRequest)(nil),   // 9: vmsnap.v1.RebuildCatalogRequest
-	(*RebuildCatalogResponse)(nil),  // 10: vmsnap.v1.RebuildCatalogResponse
-	(*RebuiltVM)(nil),               // 11: vmsnap.v1.RebuiltVM
-	(*ForgetVMRequest)(nil),         // 12: vmsnap.v1.ForgetVMRequest
-	(*ForgetVMResponse)(nil),        // 13: vmsnap.v1.ForgetVMResponse
-	(*FreezeVMRequest)(nil),         // 14: vmsnap.v1.FreezeVMRequest
-	(*FreezeVMResponse)(nil),        // 15: vmsnap.v1.FreezeVMResponse
-	(*ThawVMRequest)(nil),           // 16: vmsnap.v1.ThawVMRequest
-	(*ThawVMResponse)(nil),          // 17: vmsnap.v1.ThawVMResponse
-	(*CreateSnapshotRequest)(nil),   // 18: vmsnap.v1.CreateSnapshotRequest
-	(*CreateSnapshotResponse)(nil),  // 19: vmsnap.v1.CreateSnapshotResponse
-	(*CreateGroupRequest)(nil),      // 20: vmsnap.v1.CreateGroupRequest
-	(*CreateGroupResponse)(nil),     // 21: vmsnap.v1.CreateGroupResponse
-	(*VerifySnapshotRequest)(nil),   // 22: vmsnap.v1.VerifySnapshotRequest
-	(*VerifySnapshotResponse)(nil),  // 23: vmsnap.v1.VerifySnapshotResponse
-	(*PlanSnapshotResponse)(nil),    // 24: vmsnap.v1.PlanSnapshotResponse
-	(*Plan)(nil),                    // 25: vmsnap.v1.Plan
-	(*PlanMemory)(nil),              // 26: vmsnap.v1.PlanMemory
-	(*PlanDisk)(nil),                // 27: vmsnap.v1.PlanDisk
-	(*ListSnapshotsRequest)(nil),    // 28: vmsnap.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),   // 29: vmsnap.v1.ListSnapshotsResponse
-	(*GetSnapshotRequest)(nil),      // 30: vmsnap.v1.GetSnapshotRequest
-	(*GetSnapshotResponse)(nil),     // 31: vmsnap.v1.GetSnapshotResponse
-	(*RenameSnapshotRequest)(nil),   // 32: vmsnap.v1.RenameSnapshotRequest
-	(*RenameSnapshotResponse)(nil),  // 33: vmsnap.v1.RenameSnapshotResponse
-	(*ListOperationsRequest)(nil),   // 34: vmsnap.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),  // 35: vmsnap.v1.ListOperationsResponse
-	(*GetOperationRequest)(nil),     // 36: vmsnap.v1.GetOperationRequest
-	(*GetOperationResponse)(nil),    // 37: vmsnap.v1.GetOperationResponse
-	(*WatchOperationRequest)(nil),   // 38: vmsnap.v1.WatchOperationRequest
-	(*WatchOperationResponse)(nil),  // 39: vmsnap.v1.WatchOperationResponse
-	(*CancelOperationRequest)(nil),  // 40: vmsnap.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil), // 41: vmsnap.v1.CancelOperationResponse
-	(*PauseOperationRequest)(nil),   // 42: vmsnap.v1.PauseOperationRequest
-	(*PauseOperationResponse)(nil),  // 43: vmsnap.v1.PauseOperationResponse
-	(*ResumeOperationRequest)(nil),  // 44: vmsnap.v1.ResumeOperationRequest
-	(*ResumeOperationResponse)(nil), // 45: vmsnap.v1.ResumeOperationResponse
-	nil,                             // 46: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	nil,                             // 47: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	(*VM)(nil),                      // 48: vmsnap.v1.VM
-	(*durationpb.Duration)(nil),     // 49: google.protobuf.Duration
-	(*Freeze)(nil),                  // 50: vmsnap.v1.Freeze
-	(Quiesce)(0),                    // 51: vmsnap.v1.Quiesce
-	(MemoryStrategy)(0),             // 52: vmsnap.v1.MemoryStrategy
-	(*Operation)(nil),               // 53: vmsnap.v1.Operation
-	(*Warning)(nil),                 // 54: vmsnap.v1.Warning
-	(*Error)(nil),                   // 55: vmsnap.v1.Error
-	(Consistency)(0),                // 56: vmsnap.v1.Consistency
-	(*Snapshot)(nil),                // 57: vmsnap.v1.Snapshot
-	(*AttachDiskRequest)(nil),       // 58: vmsnap.v1.AttachDiskRequest
-	(*DetachDiskRequest)(nil),       // 59: vmsnap.v1.DetachDiskRequest
-	(*RestoreGroupRequest)(nil),     // 60: vmsnap.v1.RestoreGroupRequest
-	(*DeleteSnapshotsRequest)(nil),  // 61: vmsnap.v1.DeleteSnapshotsRequest
-	(*RestoreSnapshotRequest)(nil),  // 62: vmsnap.v1.RestoreSnapshotRequest
-	(*PreviewSnapshotRequest)(nil),  // 63: vmsnap.v1.PreviewSnapshotRequest
-	(*GetPreviewRequest)(nil),       // 64: vmsnap.v1.GetPreviewRequest
-	(*CommitPreviewRequest)(nil),    // 65: vmsnap.v1.CommitPreviewRequest
-	(*UndoPreviewRequest)(nil),      // 66: vmsnap.v1.UndoPreviewRequest
-	(*ExportSnapshotRequest)(nil),   // 67: vmsnap.v1.ExportSnapshotRequest
-	(*CloneDiskRequest)(nil),        // 68: vmsnap.v1.CloneDiskRequest
-	(*ForgetCloneRequest)(nil),      // 69: vmsnap.v1.ForgetCloneRequest
-	(*SetTemplateRequest)(nil),      // 70: vmsnap.v1.SetTemplateRequest
-	(*AttachDiskResponse)(nil),      // 71: vmsnap.v1.AttachDiskResponse
-	(*DetachDiskResponse)(nil),      // 72: vmsnap.v1.DetachDiskResponse
-	(*RestoreGroupResponse)(nil),    // 73: vmsnap.v1.RestoreGroupResponse
-	(*DeleteSnapshotsResponse)(nil), // 74: vmsnap.v1.DeleteSnapshotsResponse
-	(*PlanDeleteResponse)(nil),      // 75: vmsnap.v1.PlanDeleteResponse
-	(*RestoreSnapshotResponse)(nil), // 76: vmsnap.v1.RestoreSnapshotResponse
-	(*PreviewSnapshotResponse)(nil), // 77: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewResponse)(nil),      // 78: vmsnap.v1.GetPreviewResponse
-	(*CommitPreviewResponse)(nil),   // 79: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewResponse)(nil),     // 80: vmsnap.v1.UndoPreviewResponse
-	(*PlanRestoreResponse)(nil),     // 81: vmsnap.v1.PlanRestoreResponse
-	(*ExportSnapshotResponse)(nil),  // 82: vmsnap.v1.ExportSnapshotResponse
-	(*CloneDiskResponse)(nil),       // 83: vmsnap.v1.CloneDiskResponse
-	(*ForgetCloneResponse)(nil),     // 84: vmsnap.v1.ForgetCloneResponse
-	(*SetTemplateResponse)(nil),     // 85: vmsnap.v1.SetTemplateResponse
+	(HostState)(0),                  // 0: vmsnap.v1.HostState
+	(*ListVMsRequest)(nil),          // 1: vmsnap.v1.ListVMsRequest
+	(*ListVMsResponse)(nil),         // 2: vmsnap.v1.ListVMsResponse
+	(*GetVMRequest)(nil),            // 3: vmsnap.v1.GetVMRequest
+	(*GetVMResponse)(nil),           // 4: vmsnap.v1.GetVMResponse
+	(*Finding)(nil),                 // 5: vmsnap.v1.Finding
+	(*DiagnoseVMRequest)(nil),       // 6: vmsnap.v1.DiagnoseVMRequest
+	(*DiagnoseVMResponse)(nil),      // 7: vmsnap.v1.DiagnoseVMResponse
+	(*HostCheck)(nil),               // 8: vmsnap.v1.HostCheck
+	(*CheckHostRequest)(nil),        // 9: vmsnap.v1.CheckHostRequest
+	(*CheckHostResponse)(nil),       // 10: vmsnap.v1.CheckHostResponse
+	(*RepairVMRequest)(nil),         // 11: vmsnap.v1.RepairVMRequest
+	(*RepairVMResponse)(nil),        // 12: vmsnap.v1.RepairVMResponse
+	(*RebuildCatalogRequest)(nil),   // 13: vmsnap.v1.RebuildCatalogRequest
+	(*RebuildCatalogResponse)(nil),  // 14: vmsnap.v1.RebuildCatalogResponse
+	(*RebuiltVM)(nil),               // 15: vmsnap.v1.RebuiltVM
+	(*ForgetVMRequest)(nil),         // 16: vmsnap.v1.ForgetVMRequest
+	(*ForgetVMResponse)(nil),        // 17: vmsnap.v1.ForgetVMResponse
+	(*FreezeVMRequest)(nil),         // 18: vmsnap.v1.FreezeVMRequest
+	(*FreezeVMResponse)(nil),        // 19: vmsnap.v1.FreezeVMResponse
+	(*ThawVMRequest)(nil),           // 20: vmsnap.v1.ThawVMRequest
+	(*ThawVMResponse)(nil),          // 21: vmsnap.v1.ThawVMResponse
+	(*CreateSnapshotRequest)(nil),   // 22: vmsnap.v1.CreateSnapshotRequest
+	(*CreateSnapshotResponse)(nil),  // 23: vmsnap.v1.CreateSnapshotResponse
+	(*CreateGroupRequest)(nil),      // 24: vmsnap.v1.CreateGroupRequest
+	(*CreateGroupResponse)(nil),     // 25: vmsnap.v1.CreateGroupResponse
+	(*VerifySnapshotRequest)(nil),   // 26: vmsnap.v1.VerifySnapshotRequest
+	(*VerifySnapshotResponse)(nil),  // 27: vmsnap.v1.VerifySnapshotResponse
+	(*PlanSnapshotResponse)(nil),    // 28: vmsnap.v1.PlanSnapshotResponse
+	(*Plan)(nil),                    // 29: vmsnap.v1.Plan
+	(*PlanMemory)(nil),              // 30: vmsnap.v1.PlanMemory
+	(*PlanDisk)(nil),                // 31: vmsnap.v1.PlanDisk
+	(*ListSnapshotsRequest)(nil),    // 32: vmsnap.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),   // 33: vmsnap.v1.ListSnapshotsResponse
+	(*GetSnapshotRequest)(nil),      // 34: vmsnap.v1.GetSnapshotRequest
+	(*GetSnapshotResponse)(nil),     // 35: vmsnap.v1.GetSnapshotResponse
+	(*RenameSnapshotRequest)(nil),   // 36: vmsnap.v1.RenameSnapshotRequest
+	(*RenameSnapshotResponse)(nil),  // 37: vmsnap.v1.RenameSnapshotResponse
+	(*ListOperationsRequest)(nil),   // 38: vmsnap.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),  // 39: vmsnap.v1.ListOperationsResponse
+	(*GetOperationRequest)(nil),     // 40: vmsnap.v1.GetOperationRequest
+	(*GetOperationResponse)(nil),    // 41: vmsnap.v1.GetOperationResponse
+	(*WatchOperationRequest)(nil),   // 42: vmsnap.v1.WatchOperationRequest
+	(*WatchOperationResponse)(nil),  // 43: vmsnap.v1.WatchOperationResponse
+	(*CancelOperationRequest)(nil),  // 44: vmsnap.v1.CancelOperationRequest
+	(*CancelOperationResponse)(nil), // 45: vmsnap.v1.CancelOperationResponse
+	(*PauseOperationRequest)(nil),   // 46: vmsnap.v1.PauseOperationRequest
+	(*PauseOperationResponse)(nil),  // 47: vmsnap.v1.PauseOperationResponse
+	(*ResumeOperationRequest)(nil),  // 48: vmsnap.v1.ResumeOperationRequest
+	(*ResumeOperationResponse)(nil), // 49: vmsnap.v1.ResumeOperationResponse
+	nil,                             // 50: vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	nil,                             // 51: vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	(*VM)(nil),                      // 52: vmsnap.v1.VM
+	(*durationpb.Duration)(nil),     // 53: google.protobuf.Duration
+	(*Freeze)(nil),                  // 54: vmsnap.v1.Freeze
+	(Quiesce)(0),                    // 55: vmsnap.v1.Quiesce
+	(MemoryStrategy)(0),             // 56: vmsnap.v1.MemoryStrategy
+	(*Operation)(nil),               // 57: vmsnap.v1.Operation
+	(*Warning)(nil),                 // 58: vmsnap.v1.Warning
+	(*Error)(nil),                   // 59: vmsnap.v1.Error
+	(Consistency)(0),                // 60: vmsnap.v1.Consistency
+	(*Snapshot)(nil),                // 61: vmsnap.v1.Snapshot
+	(*AttachDiskRequest)(nil),       // 62: vmsnap.v1.AttachDiskRequest
+	(*DetachDiskRequest)(nil),       // 63: vmsnap.v1.DetachDiskRequest
+	(*RestoreGroupRequest)(nil),     // 64: vmsnap.v1.RestoreGroupRequest
+	(*DeleteSnapshotsRequest)(nil),  // 65: vmsnap.v1.DeleteSnapshotsRequest
+	(*RestoreSnapshotRequest)(nil),  // 66: vmsnap.v1.RestoreSnapshotRequest
+	(*PreviewSnapshotRequest)(nil),  // 67: vmsnap.v1.PreviewSnapshotRequest
+	(*GetPreviewRequest)(nil),       // 68: vmsnap.v1.GetPreviewRequest
+	(*CommitPreviewRequest)(nil),    // 69: vmsnap.v1.CommitPreviewRequest
+	(*UndoPreviewRequest)(nil),      // 70: vmsnap.v1.UndoPreviewRequest
+	(*ExportSnapshotRequest)(nil),   // 71: vmsnap.v1.ExportSnapshotRequest
+	(*CloneDiskRequest)(nil),        // 72: vmsnap.v1.CloneDiskRequest
+	(*ForgetCloneRequest)(nil),      // 73: vmsnap.v1.ForgetCloneRequest
+	(*SetTemplateRequest)(nil),      // 74: vmsnap.v1.SetTemplateRequest
+	(*AttachDiskResponse)(nil),      // 75: vmsnap.v1.AttachDiskResponse
+	(*DetachDiskResponse)(nil),      // 76: vmsnap.v1.DetachDiskResponse
+	(*RestoreGroupResponse)(nil),    // 77: vmsnap.v1.RestoreGroupResponse
+	(*DeleteSnapshotsResponse)(nil), // 78: vmsnap.v1.DeleteSnapshotsResponse
+	(*PlanDeleteResponse)(nil),      // 79: vmsnap.v1.PlanDeleteResponse
+	(*RestoreSnapshotResponse)(nil), // 80: vmsnap.v1.RestoreSnapshotResponse
+	(*PreviewSnapshotResponse)(nil), // 81: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewResponse)(nil),      // 82: vmsnap.v1.GetPreviewResponse
+	(*CommitPreviewResponse)(nil),   // 83: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewResponse)(nil),     // 84: vmsnap.v1.UndoPreviewResponse
+	(*PlanRestoreResponse)(nil),     // 85: vmsnap.v1.PlanRestoreResponse
+	(*ExportSnapshotResponse)(nil),  // 86: vmsnap.v1.ExportSnapshotResponse
+	(*CloneDiskResponse)(nil),       // 87: vmsnap.v1.CloneDiskResponse
+	(*ForgetCloneResponse)(nil),     // 88: vmsnap.v1.ForgetCloneResponse
+	(*SetTemplateResponse)(nil),     // 89: vmsnap.v1.SetTemplateResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
-	48, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
-	48, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
-	4,  // 2: vmsnap.v1.DiagnoseVMResponse.findings:type_name -> vmsnap.v1.Finding
-	4,  // 3: vmsnap.v1.RepairVMResponse.findings:type_name -> vmsnap.v1.Finding
-	11, // 4: vmsnap.v1.RebuildCatalogResponse.vms:type_name -> vmsnap.v1.RebuiltVM
-	49, // 5: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
-	49, // 6: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	50, // 7: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
-	49, // 8: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
-	46, // 9: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
-	51, // 10: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
-	49, // 11: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
-	49, // 12: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
-	52, // 13: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
-	49, // 14: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
-	49, // 15: vmsnap.v1.CreateSnapshotRequest.expire_after:type_name -> google.protobuf.Duration
-	53, // 16: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	49, // 17: vmsnap.v1.CreateGroupRequest.max_skew:type_name -> google.protobuf.Duration
-	18, // 18: vmsnap.v1.CreateGroupRequest.options:type_name -> vmsnap.v1.CreateSnapshotRequest
-	53, // 19: vmsnap.v1.CreateGroupResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 20: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	25, // 21: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
-	27, // 22: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
-	54, // 23: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
-	55, // 24: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
-	56, // 25: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
-	49, // 26: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
-	26, // 27: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
-	52, // 28: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
-	49, // 29: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
-	49, // 30: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
-	47, // 31: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
-	57, // 32: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
-	57, // 33: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	57, // 34: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	53, // 35: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
-	53, // 36: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 37: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 38: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 39: vmsnap.v1.PauseOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	53, // 40: vmsnap.v1.ResumeOperationResponse.operation:type_name -> vmsnap.v1.Operation
-	0,  // 41: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
-	2,  // 42: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
-	12, // 43: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
-	14, // 44: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
-	16, // 45: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
-	58, // 46: vmsnap.v1.VMService.AttachDisk:input_type -> vmsnap.v1.AttachDiskRequest
-	59, // 47: vmsnap.v1.VMService.DetachDisk:input_type -> vmsnap.v1.DetachDiskRequest
-	5,  // 48: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
-	7,  // 49: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
-	9,  // 50: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
-	18, // 51: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	20, // 52: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
-	60, // 53: vmsnap.v1.SnapshotService.RestoreGroup:input_type -> vmsnap.v1.RestoreGroupRequest
-	18, // 54: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
-	28, // 55: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
-	30, // 56: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
-	32, // 57: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
-	22, // 58: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
-	61, // 59: vmsnap.v1.SnapshotService.DeleteSnapshots:input_type -> vmsnap.v1.DeleteSnapshotsRequest
-	61, // 60: vmsnap.v1.SnapshotService.PlanDelete:input_type -> vmsnap.v1.DeleteSnapshotsRequest
-	62, // 61: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	63, // 62: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
-	64, // 63: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
-	65, // 64: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
-	66, // 65: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
-	62, // 66: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
-	67, // 67: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
-	68, // 68: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
-	69, // 69: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
-	70, // 70: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
-	34, // 71: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	36, // 72: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	38, // 73: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	40, // 74: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	42, // 75: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
-	44, // 76: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
-	1,  // 77: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	3,  // 78: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	13, // 79: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	15, // 80: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	17, // 81: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	71, // 82: vmsnap.v1.VMService.AttachDisk:output_type -> vmsnap.v1.AttachDiskResponse
-	72, // 83: vmsnap.v1.VMService.DetachDisk:output_type -> vmsnap.v1.DetachDiskResponse
-	6,  // 84: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	8,  // 85: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	10, // 86: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
-	19, // 87: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	21, // 88: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
-	73, // 89: vmsnap.v1.SnapshotService.RestoreGroup:output_type -> vmsnap.v1.RestoreGroupResponse
-	24, // 90: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	29, // 91: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	31, // 92: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	33, // 93: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	23, // 94: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	74, // 95: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
-	75, // 96: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
-	76, // 97: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	77, // 98: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
-	78, // 99: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
-	79, // 100: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
-	80, // 101: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
-	81, // 102: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	82, // 103: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	83, // 104: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
-	84, // 105: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
-	85, // 106: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
-	35, // 107: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	37, // 108: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	39, // 109: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	41, // 110: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	43, // 111: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
-	45, // 112: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
-	77, // [77:113] is the sub-list for method output_type
-	41, // [41:77] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	52, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
+	52, // 1: vmsnap.v1.GetVMResponse.vm:type_name -> vmsnap.v1.VM
+	5,  // 2: vmsnap.v1.DiagnoseVMResponse.findings:type_name -> vmsnap.v1.Finding
+	0,  // 3: vmsnap.v1.HostCheck.state:type_name -> vmsnap.v1.HostState
+	8,  // 4: vmsnap.v1.CheckHostResponse.checks:type_name -> vmsnap.v1.HostCheck
+	5,  // 5: vmsnap.v1.RepairVMResponse.findings:type_name -> vmsnap.v1.Finding
+	15, // 6: vmsnap.v1.RebuildCatalogResponse.vms:type_name -> vmsnap.v1.RebuiltVM
+	53, // 7: vmsnap.v1.FreezeVMRequest.lease:type_name -> google.protobuf.Duration
+	53, // 8: vmsnap.v1.FreezeVMRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	54, // 9: vmsnap.v1.FreezeVMResponse.freeze:type_name -> vmsnap.v1.Freeze
+	53, // 10: vmsnap.v1.ThawVMResponse.freeze_window:type_name -> google.protobuf.Duration
+	50, // 11: vmsnap.v1.CreateSnapshotRequest.labels:type_name -> vmsnap.v1.CreateSnapshotRequest.LabelsEntry
+	55, // 12: vmsnap.v1.CreateSnapshotRequest.quiesce:type_name -> vmsnap.v1.Quiesce
+	53, // 13: vmsnap.v1.CreateSnapshotRequest.freeze_timeout:type_name -> google.protobuf.Duration
+	53, // 14: vmsnap.v1.CreateSnapshotRequest.lease:type_name -> google.protobuf.Duration
+	56, // 15: vmsnap.v1.CreateSnapshotRequest.memory_strategy:type_name -> vmsnap.v1.MemoryStrategy
+	53, // 16: vmsnap.v1.CreateSnapshotRequest.max_pause:type_name -> google.protobuf.Duration
+	53, // 17: vmsnap.v1.CreateSnapshotRequest.expire_after:type_name -> google.protobuf.Duration
+	57, // 18: vmsnap.v1.CreateSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	53, // 19: vmsnap.v1.CreateGroupRequest.max_skew:type_name -> google.protobuf.Duration
+	22, // 20: vmsnap.v1.CreateGroupRequest.options:type_name -> vmsnap.v1.CreateSnapshotRequest
+	57, // 21: vmsnap.v1.CreateGroupResponse.operation:type_name -> vmsnap.v1.Operation
+	57, // 22: vmsnap.v1.VerifySnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	29, // 23: vmsnap.v1.PlanSnapshotResponse.plan:type_name -> vmsnap.v1.Plan
+	31, // 24: vmsnap.v1.Plan.disks:type_name -> vmsnap.v1.PlanDisk
+	58, // 25: vmsnap.v1.Plan.warnings:type_name -> vmsnap.v1.Warning
+	59, // 26: vmsnap.v1.Plan.blockers:type_name -> vmsnap.v1.Error
+	60, // 27: vmsnap.v1.Plan.consistency:type_name -> vmsnap.v1.Consistency
+	53, // 28: vmsnap.v1.Plan.freeze_window:type_name -> google.protobuf.Duration
+	30, // 29: vmsnap.v1.Plan.memory:type_name -> vmsnap.v1.PlanMemory
+	56, // 30: vmsnap.v1.PlanMemory.strategy:type_name -> vmsnap.v1.MemoryStrategy
+	53, // 31: vmsnap.v1.PlanMemory.duration:type_name -> google.protobuf.Duration
+	53, // 32: vmsnap.v1.PlanMemory.pause:type_name -> google.protobuf.Duration
+	51, // 33: vmsnap.v1.ListSnapshotsRequest.labels:type_name -> vmsnap.v1.ListSnapshotsRequest.LabelsEntry
+	61, // 34: vmsnap.v1.ListSnapshotsResponse.snapshots:type_name -> vmsnap.v1.Snapshot
+	61, // 35: vmsnap.v1.GetSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	61, // 36: vmsnap.v1.RenameSnapshotResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	57, // 37: vmsnap.v1.ListOperationsResponse.operations:type_name -> vmsnap.v1.Operation
+	57, // 38: vmsnap.v1.GetOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	57, // 39: vmsnap.v1.WatchOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	57, // 40: vmsnap.v1.CancelOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	57, // 41: vmsnap.v1.PauseOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	57, // 42: vmsnap.v1.ResumeOperationResponse.operation:type_name -> vmsnap.v1.Operation
+	1,  // 43: vmsnap.v1.VMService.ListVMs:input_type -> vmsnap.v1.ListVMsRequest
+	3,  // 44: vmsnap.v1.VMService.GetVM:input_type -> vmsnap.v1.GetVMRequest
+	16, // 45: vmsnap.v1.VMService.ForgetVM:input_type -> vmsnap.v1.ForgetVMRequest
+	18, // 46: vmsnap.v1.VMService.FreezeVM:input_type -> vmsnap.v1.FreezeVMRequest
+	20, // 47: vmsnap.v1.VMService.ThawVM:input_type -> vmsnap.v1.ThawVMRequest
+	62, // 48: vmsnap.v1.VMService.AttachDisk:input_type -> vmsnap.v1.AttachDiskRequest
+	63, // 49: vmsnap.v1.VMService.DetachDisk:input_type -> vmsnap.v1.DetachDiskRequest
+	6,  // 50: vmsnap.v1.VMService.DiagnoseVM:input_type -> vmsnap.v1.DiagnoseVMRequest
+	11, // 51: vmsnap.v1.VMService.RepairVM:input_type -> vmsnap.v1.RepairVMRequest
+	9,  // 52: vmsnap.v1.VMService.CheckHost:input_type -> vmsnap.v1.CheckHostRequest
+	13, // 53: vmsnap.v1.VMService.RebuildCatalog:input_type -> vmsnap.v1.RebuildCatalogRequest
+	22, // 54: vmsnap.v1.SnapshotService.CreateSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	24, // 55: vmsnap.v1.SnapshotService.CreateGroup:input_type -> vmsnap.v1.CreateGroupRequest
+	64, // 56: vmsnap.v1.SnapshotService.RestoreGroup:input_type -> vmsnap.v1.RestoreGroupRequest
+	22, // 57: vmsnap.v1.SnapshotService.PlanSnapshot:input_type -> vmsnap.v1.CreateSnapshotRequest
+	32, // 58: vmsnap.v1.SnapshotService.ListSnapshots:input_type -> vmsnap.v1.ListSnapshotsRequest
+	34, // 59: vmsnap.v1.SnapshotService.GetSnapshot:input_type -> vmsnap.v1.GetSnapshotRequest
+	36, // 60: vmsnap.v1.SnapshotService.RenameSnapshot:input_type -> vmsnap.v1.RenameSnapshotRequest
+	26, // 61: vmsnap.v1.SnapshotService.VerifySnapshot:input_type -> vmsnap.v1.VerifySnapshotRequest
+	65, // 62: vmsnap.v1.SnapshotService.DeleteSnapshots:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	65, // 63: vmsnap.v1.SnapshotService.PlanDelete:input_type -> vmsnap.v1.DeleteSnapshotsRequest
+	66, // 64: vmsnap.v1.SnapshotService.RestoreSnapshot:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	67, // 65: vmsnap.v1.SnapshotService.PreviewSnapshot:input_type -> vmsnap.v1.PreviewSnapshotRequest
+	68, // 66: vmsnap.v1.SnapshotService.GetPreview:input_type -> vmsnap.v1.GetPreviewRequest
+	69, // 67: vmsnap.v1.SnapshotService.CommitPreview:input_type -> vmsnap.v1.CommitPreviewRequest
+	70, // 68: vmsnap.v1.SnapshotService.UndoPreview:input_type -> vmsnap.v1.UndoPreviewRequest
+	66, // 69: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
+	71, // 70: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
+	72, // 71: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
+	73, // 72: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
+	74, // 73: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
+	38, // 74: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	40, // 75: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	42, // 76: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	44, // 77: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	46, // 78: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
+	48, // 79: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
+	2,  // 80: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	4,  // 81: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	17, // 82: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	19, // 83: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	21, // 84: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	75, // 85: vmsnap.v1.VMService.AttachDisk:output_type -> vmsnap.v1.AttachDiskResponse
+	76, // 86: vmsnap.v1.VMService.DetachDisk:output_type -> vmsnap.v1.DetachDiskResponse
+	7,  // 87: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	12, // 88: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	10, // 89: vmsnap.v1.VMService.CheckHost:output_type -> vmsnap.v1.CheckHostResponse
+	14, // 90: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
+	23, // 91: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	25, // 92: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
+	77, // 93: vmsnap.v1.SnapshotService.RestoreGroup:output_type -> vmsnap.v1.RestoreGroupResponse
+	28, // 94: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	33, // 95: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	35, // 96: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	37, // 97: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	27, // 98: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	78, // 99: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
+	79, // 100: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
+	80, // 101: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	81, // 102: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	82, // 103: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	83, // 104: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	84, // 105: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	85, // 106: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	86, // 107: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	87, // 108: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
+	88, // 109: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
+	89, // 110: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
+	39, // 111: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	41, // 112: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	43, // 113: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	45, // 114: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	47, // 115: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
+	49, // 116: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
+	80, // [80:117] is the sub-list for method output_type
+	43, // [43:80] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_services_proto_init() }
@@ -3107,13 +3336,14 @@ func file_vmsnap_v1_services_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_services_proto_rawDesc), len(file_vmsnap_v1_services_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   48,
+			NumEnums:      1,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
 		GoTypes:           file_vmsnap_v1_services_proto_goTypes,
 		DependencyIndexes: file_vmsnap_v1_services_proto_depIdxs,
+		EnumInfos:         file_vmsnap_v1_services_proto_enumTypes,
 		MessageInfos:      file_vmsnap_v1_services_proto_msgTypes,
 	}.Build()
 	File_vmsnap_v1_services_proto = out.File

@@ -55,6 +55,8 @@ const (
 	VMServiceDiagnoseVMProcedure = "/vmsnap.v1.VMService/DiagnoseVM"
 	// VMServiceRepairVMProcedure is the fully-qualified name of the VMService's RepairVM RPC.
 	VMServiceRepairVMProcedure = "/vmsnap.v1.VMService/RepairVM"
+	// VMServiceCheckHostProcedure is the fully-qualified name of the VMService's CheckHost RPC.
+	VMServiceCheckHostProcedure = "/vmsnap.v1.VMService/CheckHost"
 	// VMServiceRebuildCatalogProcedure is the fully-qualified name of the VMService's RebuildCatalog
 	// RPC.
 	VMServiceRebuildCatalogProcedure = "/vmsnap.v1.VMService/RebuildCatalog"
@@ -159,6 +161,8 @@ type VMServiceClient interface {
 	// RepairVM puts right what it can of what DiagnoseVM finds. It returns when the
 	// operation that does so has ended.
 	RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error)
+	// CheckHost looks at what vmsnapd needs of its host, and changes nothing.
+	CheckHost(context.Context, *connect.Request[v1.CheckHostRequest]) (*connect.Response[v1.CheckHostResponse], error)
 	// RebuildCatalog enters the VMs into the catalog that it has lost, from the
 	// manifests beside their layers. VMs whose snapshots are known are left alone.
 	RebuildCatalog(context.Context, *connect.Request[v1.RebuildCatalogRequest]) (*connect.Response[v1.RebuildCatalogResponse], error)
@@ -232,6 +236,13 @@ func NewVMServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(vMServiceMethods.ByName("RepairVM")),
 			connect.WithClientOptions(opts...),
 		),
+		checkHost: connect.NewClient[v1.CheckHostRequest, v1.CheckHostResponse](
+			httpClient,
+			baseURL+VMServiceCheckHostProcedure,
+			connect.WithSchema(vMServiceMethods.ByName("CheckHost")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 		rebuildCatalog: connect.NewClient[v1.RebuildCatalogRequest, v1.RebuildCatalogResponse](
 			httpClient,
 			baseURL+VMServiceRebuildCatalogProcedure,
@@ -252,6 +263,7 @@ type vMServiceClient struct {
 	detachDisk     *connect.Client[v1.DetachDiskRequest, v1.DetachDiskResponse]
 	diagnoseVM     *connect.Client[v1.DiagnoseVMRequest, v1.DiagnoseVMResponse]
 	repairVM       *connect.Client[v1.RepairVMRequest, v1.RepairVMResponse]
+	checkHost      *connect.Client[v1.CheckHostRequest, v1.CheckHostResponse]
 	rebuildCatalog *connect.Client[v1.RebuildCatalogRequest, v1.RebuildCatalogResponse]
 }
 
@@ -300,6 +312,11 @@ func (c *vMServiceClient) RepairVM(ctx context.Context, req *connect.Request[v1.
 	return c.repairVM.CallUnary(ctx, req)
 }
 
+// CheckHost calls vmsnap.v1.VMService.CheckHost.
+func (c *vMServiceClient) CheckHost(ctx context.Context, req *connect.Request[v1.CheckHostRequest]) (*connect.Response[v1.CheckHostResponse], error) {
+	return c.checkHost.CallUnary(ctx, req)
+}
+
 // RebuildCatalog calls vmsnap.v1.VMService.RebuildCatalog.
 func (c *vMServiceClient) RebuildCatalog(ctx context.Context, req *connect.Request[v1.RebuildCatalogRequest]) (*connect.Response[v1.RebuildCatalogResponse], error) {
 	return c.rebuildCatalog.CallUnary(ctx, req)
@@ -326,6 +343,8 @@ type VMServiceHandler interface {
 	// RepairVM puts right what it can of what DiagnoseVM finds. It returns when the
 	// operation that does so has ended.
 	RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error)
+	// CheckHost looks at what vmsnapd needs of its host, and changes nothing.
+	CheckHost(context.Context, *connect.Request[v1.CheckHostRequest]) (*connect.Response[v1.CheckHostResponse], error)
 	// RebuildCatalog enters the VMs into the catalog that it has lost, from the
 	// manifests beside their layers. VMs whose snapshots are known are left alone.
 	RebuildCatalog(context.Context, *connect.Request[v1.RebuildCatalogRequest]) (*connect.Response[v1.RebuildCatalogResponse], error)
@@ -395,6 +414,13 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(vMServiceMethods.ByName("RepairVM")),
 		connect.WithHandlerOptions(opts...),
 	)
+	vMServiceCheckHostHandler := connect.NewUnaryHandler(
+		VMServiceCheckHostProcedure,
+		svc.CheckHost,
+		connect.WithSchema(vMServiceMethods.ByName("CheckHost")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
 	vMServiceRebuildCatalogHandler := connect.NewUnaryHandler(
 		VMServiceRebuildCatalogProcedure,
 		svc.RebuildCatalog,
@@ -421,6 +447,8 @@ func NewVMServiceHandler(svc VMServiceHandler, opts ...connect.HandlerOption) (s
 			vMServiceDiagnoseVMHandler.ServeHTTP(w, r)
 		case VMServiceRepairVMProcedure:
 			vMServiceRepairVMHandler.ServeHTTP(w, r)
+		case VMServiceCheckHostProcedure:
+			vMServiceCheckHostHandler.ServeHTTP(w, r)
 		case VMServiceRebuildCatalogProcedure:
 			vMServiceRebuildCatalogHandler.ServeHTTP(w, r)
 		default:
@@ -466,6 +494,10 @@ func (UnimplementedVMServiceHandler) DiagnoseVM(context.Context, *connect.Reques
 
 func (UnimplementedVMServiceHandler) RepairVM(context.Context, *connect.Request[v1.RepairVMRequest]) (*connect.Response[v1.RepairVMResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.RepairVM is not implemented"))
+}
+
+func (UnimplementedVMServiceHandler) CheckHost(context.Context, *connect.Request[v1.CheckHostRequest]) (*connect.Response[v1.CheckHostResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.VMService.CheckHost is not implemented"))
 }
 
 func (UnimplementedVMServiceHandler) RebuildCatalog(context.Context, *connect.Request[v1.RebuildCatalogRequest]) (*connect.Response[v1.RebuildCatalogResponse], error) {

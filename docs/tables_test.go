@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 
 	"github.com/vmsnap/vmsnap/agent/event"
+	"github.com/vmsnap/vmsnap/agent/op"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 )
 
@@ -279,6 +280,26 @@ func TestFindings(t *testing.T) {
 	})
 	if diff := cmp.Diff(slices.Sorted(maps.Keys(codes)), column(table(t, "doctor.md", "finding"), 0)); diff != "" {
 		t.Errorf("doctor.md and the code differ (-code +document):\n%s", diff)
+	}
+}
+
+// TestKindsAreListed compares the kinds of operations with the list of all of
+// them, which the metrics begin with.
+func TestKindsAreListed(t *testing.T) {
+	var kinds []string
+	syntax(t, "../agent/op", func(n ast.Node) {
+		if spec, ok := n.(*ast.ValueSpec); ok && name(spec.Type) == "Kind" {
+			if kind, ok := constant(spec); ok {
+				kinds = append(kinds, kind)
+			}
+		}
+	})
+	var listed []string
+	for _, k := range op.Kinds {
+		listed = append(listed, string(k))
+	}
+	if diff := cmp.Diff(slices.Sorted(slices.Values(kinds)), slices.Sorted(slices.Values(listed))); diff != "" {
+		t.Errorf("op.Kinds is not complete (-kinds +listed):\n%s", diff)
 	}
 }
 

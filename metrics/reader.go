@@ -29,6 +29,15 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc(prometheus.BuildFQName(namespace, "", name), help, labels, nil)
 }
 
+// words lists kinds as the reference of the metrics shows them.
+func words(kinds []op.Kind) string {
+	var all []string
+	for _, k := range kinds {
+		all = append(all, "`"+string(k)+"`")
+	}
+	return strings.Join(all, ", ")
+}
+
 var (
 	descVMs          = desc("vms", "VMs that are known: `running`, `paused`, `stopped`, `unknown`.", "state")
 	descGuestsFrozen = desc("guests_frozen", "Guests that are held frozen.")
@@ -38,7 +47,7 @@ var (
 	descMonitorUp    = desc("monitor_up", "Whether the QEMU of a VM that runs talks to vmsnapd.", "vm")
 	descChain        = desc("disk_chain_layers", "Layers of a disk that lie on each other, the active one included.", "vm", "disk")
 	descFallback     = desc("discovery_fallback", "1 when VMs are found by scanning, with a delay of seconds, since process events cannot be had.")
-	descRunning      = desc("operations_running", "Operations that have not ended, those that wait included.", "kind")
+	descRunning      = desc("operations_running", "Operations that have not ended, those that wait included: "+words(op.Kinds)+".", "kind")
 	descQueued       = desc("operations_queued", "Operations that wait for their turn.")
 	descBytes        = desc("operation_bytes", "Bytes that an operation which runs has moved; absent for one that moves none.", "vm", "kind")
 	descBytesTotal   = desc("operation_bytes_expected", "Bytes that it will have moved; absent when unknown.", "vm", "kind")

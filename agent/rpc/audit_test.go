@@ -47,7 +47,7 @@ func (r *record) take() []agent.Call {
 // only look is told of, with who called, and nothing else is.
 func TestEveryChangeIsOnRecord(t *testing.T) {
 	looks := func(name string) bool {
-		for _, verb := range []string{"List", "Get", "Plan", "Diagnose", "Watch"} {
+		for _, verb := range []string{"List", "Get", "Plan", "Diagnose", "Check", "Watch"} {
 			if strings.HasPrefix(name, verb) {
 				return true
 			}

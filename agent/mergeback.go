@@ -93,6 +93,11 @@ func (c *cut) mergeDisk(ctx context.Context, d *cutDisk, n int) error {
 	if err != nil {
 		return err
 	}
+	if merged, err := c.pivoted(g, d); err != nil {
+		return err
+	} else if merged {
+		return errors.Join(d.overlay().Remove(ctx, s), d.uncover(), d.removeOverlay())
+	}
 	base, err := c.mergeTarget(g, d)
 	if err != nil {
 		return err
@@ -119,6 +124,34 @@ func (c *cut) mergeDisk(ctx context.Context, d *cutDisk, n int) error {
 		return err
 	}
 	return d.removeOverlay()
+}
+
+// pivoted reports whether an earlier agent has merged the overlay, and QEMU runs
+// on the base, so that only what is left of the overlay is to go. The launch path
+// leads to the base from when both hold the same.
+func (c *cut) pivoted(g *blockdev.Graph, d *cutDisk) (bool, error) {
+	if g.Nodes[d.overlay().Node] != nil || d.Settle != SettleLive {
+		return false, nil // the merge finds out by itself
+	}
+	launch, err := d.dir.Lead(d.Launch)
+	if err != nil {
+		return false, err
+	}
+	base, err := d.baseDir.Lead(d.Base)
+	if err != nil || launch.FileID != base.FileID {
+		return false, err
+	}
+	for _, drive := range g.Drives() {
+		chain, err := g.Chain(drive)
+		if err != nil || len(chain) == 0 {
+			continue // no disk of ours
+		}
+		active, err := blockdev.StatPath(d.Prefix + absolute(c.run.proc, chain[0].Filename))
+		if err == nil && active.FileID == base.FileID {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // findRun finds the VM's process, which may have ended since the cut, or been

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"encoding/hex"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -35,7 +36,7 @@ type traceParser struct {
 }
 
 var (
-	tracedCall = regexp.MustCompile(`^(\d+) +(\w+)\((\d+)<([^>]*)>(?:, "((?:\\x[0-9a-f]{2})*)")?(?:, (\d+))?(?:, (\d+))?(.*)$`)
+	tracedCall = regexp.MustCompile(`^(\d+) +(\w+)\((\d+)<([^>]*)>(?:, (\d+))?(?:, (\d+))?(.*)$`)
 	tracedEnd  = regexp.MustCompile(`^(\d+) +<\.\.\. (\w+) resumed>\) *= (-?\d+)`)
 	otherCall  = regexp.MustCompile(`^\d+ +(\w+)\(`)
 )
@@ -51,6 +52,13 @@ func (p traceParser) parse(line string) (e fileEvent, matters bool, err error) {
 		}
 		return e, matters, err
 	}
+	// What was written is long, and taken out before the line is matched.
+	data := ""
+	if before, rest, ok := strings.Cut(line, `, "`); ok {
+		if text, after, ok := strings.Cut(rest, `"`); ok && strings.HasPrefix(text, `\x`) {
+			line, data = before+after, text
+		}
+	}
 	m := tracedCall.FindStringSubmatch(line)
 	if m == nil {
 		if m := otherCall.FindStringSubmatch(line); m != nil && strings.Contains(line, hexed(p.dir)) {
@@ -59,19 +67,19 @@ func (p traceParser) parse(line string) (e fileEvent, matters bool, err error) {
 		return e, false, nil
 	}
 	path, thread := unhex(m[4]), m[1]
-	e = fileEvent{call: m[2], path: path, data: []byte(unhex(m[5]))}
+	e = fileEvent{call: m[2], path: path, data: []byte(unhex(data))}
 	if e.call == "write" && m[3] == "1" {
 		return fileEvent{said: string(e.data)}, true, nil
 	}
 	if !strings.HasPrefix(path+"/", p.dir) {
 		return e, false, nil
 	}
-	ended := !strings.Contains(m[8], "<unfinished ...>")
+	ended := !strings.Contains(m[7], "<unfinished ...>")
 	switch e.call {
 	case "pwrite64":
-		e.at, err = strconv.ParseInt(m[7], 10, 64)
-	case "ftruncate":
 		e.at, err = strconv.ParseInt(m[6], 10, 64)
+	case "ftruncate":
+		e.at, err = strconv.ParseInt(m[5], 10, 64)
 	case "fsync", "fdatasync":
 		if e.ends = ended; !ended {
 			p.unfinished[thread] = e
@@ -87,13 +95,9 @@ func unhex(s string) string {
 	if !strings.HasPrefix(s, `\x`) {
 		return s
 	}
-	b := make([]byte, 0, len(s)/4)
-	for i := 0; i+3 < len(s); i += 4 {
-		n, err := strconv.ParseUint(s[i+2:i+4], 16, 8)
-		if err != nil {
-			return s
-		}
-		b = append(b, byte(n))
+	b, err := hex.DecodeString(strings.ReplaceAll(s, `\x`, ""))
+	if err != nil {
+		return s
 	}
 	return string(b)
 }

@@ -116,7 +116,7 @@ func seedVM(t *testing.T, c *Catalog) {
 func recordAppends(t *testing.T, dir string) (events []fileEvent) {
 	t.Helper()
 	trace := filepath.Join(t.TempDir(), "trace")
-	cmd := exec.CommandContext(t.Context(), "strace", "-f", "-q", "-y", "-xx", "-s", "1000000", "-o", trace, "-e", "trace="+strings.Join(fileCalls, ","), os.Args[0])
+	cmd := exec.CommandContext(t.Context(), "strace", "-f", "--seccomp-bpf", "-q", "-y", "-xx", "-s", "1000000", "-o", trace, "-e", "trace="+strings.Join(fileCalls, ","), os.Args[0])
 	cmd.Env = append(os.Environ(), childDir+"="+dir)
 	if out, err := cmd.CombinedOutput(); !strings.Contains(string(out), "nobody killed it") {
 		t.Fatalf("strace: %v\n%s", err, out)

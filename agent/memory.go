@@ -194,7 +194,8 @@ func (c *cut) finishWithMemory(ctx context.Context) error {
 	if err := c.o.Journal(ctx, entryTracked, c.memory); err != nil {
 		return err
 	}
-	if err := c.o.Step(ctx, "settle", c.untilDone(c.settleOnce)); err != nil {
+	// A cut that is settled for some disks only could not be merged back.
+	if err := c.o.Step(context.WithoutCancel(ctx), "settle", c.untilDone(c.settleOnce)); err != nil {
 		return err
 	}
 	c.hooks.after(ctx)

@@ -155,7 +155,7 @@ func TestQEMUNotConverging(t *testing.T) {
 			t.Fatal(err)
 		}
 		c := g.config(Precopy)
-		c.MaxPause = 5 * time.Millisecond
+		c.MaxPause = time.Millisecond
 		before := g.settings()
 		s := g.prepare(c)
 		passes := 0

@@ -141,7 +141,7 @@ func TestQEMUControllerOfThreeAgents(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Fatalf("the round: %v\n%s", err, out)
 		}
-		for _, says := range []string{"host0/fleet-0: r1 taken", "host1/fleet-1: tried once more", "host1/fleet-1: r1 taken", "host2/fleet-2: r1 taken", "OPERATION_STATE_RUNNING"} {
+		for _, says := range []string{"host0/fleet-0: r1 taken", "host1/fleet-1: r1 taken", "host2/fleet-2: r1 taken", "OPERATION_STATE_RUNNING"} {
 			if !strings.Contains(out.String(), says) {
 				t.Errorf("it does not say %q:\n%s", says, out)
 			}

@@ -175,6 +175,9 @@ func TestQEMUNoStringLeadsOut(t *testing.T) {
 			t.Error("the daemon has ended")
 		}
 		h.eventually(eventLimit, "what was begun has ended", h.idle)
+		if h.run("preview", "show", vm.name).code == 0 { // one of the calls was good
+			h.must("preview", "undo", vm.name)
+		}
 		vm.holds(1, "after all")
 		h.noOrphans(vm, "after all")
 		h.private(vm)

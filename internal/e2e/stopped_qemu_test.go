@@ -384,6 +384,7 @@ func TestQEMUAMovedLaunchPath(t *testing.T) {
 		vm.kill()
 		vm.start()
 		vm.holds(3, "renamed, and started again")
+		h.await(vm.name, "paused")
 		h.accounted(vm, "renamed")
 
 		sh(t, "mkdir", vm.dir+"/elsewhere")

@@ -44,6 +44,11 @@ type Config struct {
 	// UpkeepInterval is how often it is looked for such merges; 0: never.
 	UpkeepInterval time.Duration
 	MaxChain       int // layers of a disk that may lie on each other; 0: any number
+	// LowSpace is how much is to be free where a disk grows, bytes; 0: nobody is told
+	// that there is less.
+	LowSpace uint64
+	// ResumeGuests lets guests run again that QEMU stopped for want of space.
+	ResumeGuests bool
 	// OnOperation, when not nil, is called with every operation that ends.
 	OnOperation func(op.Record)
 	// OnFreezeWindow, when not nil, is called with every freeze window.

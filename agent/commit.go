@@ -64,6 +64,9 @@ func (c *cut) settle(ctx context.Context) error {
 			c.o.Logger().Warn("launch guard", "error", err) // the launch paths are safe by now
 		}
 	}
+	if c.run != nil {
+		c.run.lookAtRoom() // the disks grow in other layers now
+	}
 	return nil
 }
 

@@ -40,6 +40,7 @@ func (a *Agent) DeleteSnapshot(ctx context.Context, id string, uid uint32) (op.R
 func (a *Agent) deleteRecipe(v *vm, req DeleteRequest) op.Recipe {
 	return func(ctx context.Context, o *op.Op) error {
 		v.change(ctx, a, o)
+		v.leaveCPUs(o)
 		return (&deletion{Agent: a, o: o, vm: v}).run(ctx, req)
 	}
 }

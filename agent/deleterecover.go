@@ -42,6 +42,7 @@ func (a *Agent) recoverDelete(ctx context.Context, o *op.Op, v *vm, rec op.Recor
 		return d.recoverCancelled(ctx)
 	}
 	o.Warn(op.Warning{Code: warnAdopted, Message: "vmsnapd ended while layers were being merged, which went on when it came back"})
+	v.leaveCPUs(o)
 	o.LetCancel()
 	o.Pausable()
 	o.RevertAtLength("make the snapshots valid again", d.unmark)

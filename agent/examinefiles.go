@@ -313,4 +313,4 @@ func (x *examination) lookForStrangeMemory(ctx context.Context) error {
 	return nil
 }
 
-func sortedKeys(m map[string]bool) []string { return slices.Sorted(maps.Keys(m)) }
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -19,6 +19,7 @@ type fileStat struct {
 	file      file
 	allocated uint64 // bytes on the file system
 	free      uint64 // bytes that are left there; only statRoom asks
+	size      uint64 // where the file ends; the same
 }
 
 // statFile looks at a file. Its error is that of a file that is not there.

@@ -126,6 +126,11 @@ func (r *run) view(v VMView) VMView {
 	if r.problem != nil {
 		v.Problems = append(v.Problems, *r.problem)
 	}
+	v.OutOfSpace = r.stuck != ""
+	for i := range v.Disks {
+		_, v.Disks[i].SpaceLow = r.tight[v.Disks[i].Device]
+	}
+	v.Problems = append(v.Problems, r.roomProblems()...)
 	if p.Root != "" {
 		v.Problems = append(v.Problems, Problem{"other-mount-namespace",
 			"QEMU has a file system tree of its own; its files are reached through " + p.Root,

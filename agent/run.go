@@ -38,13 +38,17 @@ type run struct {
 	version  string
 	presence Presence
 	disks    []liveDisk
-	how      string // how it ended, as far as QEMU told
-	saving   bool   // an operation of ours saves its memory
-	saved    bool   // one has, and the guest has not run since: postmigrate is no migration
+	how      string               // how it ended, as far as QEMU told
+	saving   bool                 // an operation of ours saves its memory
+	saved    bool                 // one has, and the guest has not run since: postmigrate is no migration
+	tight    map[string]tightness // disks that may run out of space soon, by device
+	stuck    string               // why QEMU has stopped the guest for want of space; empty while it has not
+
+	roomNews chan struct{} // holds one token when something was heard that concerns the room of the disks
 }
 
 func newRun(p discover.Process) *run {
-	r := &run{proc: p, ended: make(chan struct{}), met: make(chan struct{}), presence: NoChannel}
+	r := &run{proc: p, ended: make(chan struct{}), met: make(chan struct{}), presence: NoChannel, roomNews: make(chan struct{}, 1)}
 	if p.GuestAgent.Path != "" {
 		r.presence = Disconnected
 	}
@@ -159,7 +163,7 @@ func (r *run) setProblem(p *Problem) {
 // until the session ends. It reports whether QEMU told what is needed.
 func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, socket string) bool {
 	sub := s.Subscribe(64, "STOP", "RESUME", "SHUTDOWN", "RESET", "SUSPEND", "WAKEUP", "GUEST_PANICKED", "MIGRATION",
-		"VSERPORT_CHANGE", "DEVICE_DELETED", "BLOCK_IO_ERROR")
+		"VSERPORT_CHANGE", "DEVICE_DELETED", "BLOCK_IO_ERROR", "BLOCK_WRITE_THRESHOLD")
 	defer sub.Close()
 	unhook := context.AfterFunc(ctx, func() { _ = s.Close() }) // which ends the loop below
 	defer unhook()
@@ -181,7 +185,9 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 			a.lookAgain(ctx, v)
 		})
 	}
+	unwatch := a.watchRoom(ctx, v, r, s)
 	a.followEvents(ctx, v, r, s, sub)
+	unwatch()
 	r.mu.Lock()
 	r.session = nil
 	r.problem = &Problem{"monitor-lost", "the monitor session ended", "vmsnapd connects again by itself"}
@@ -220,6 +226,11 @@ func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Sess
 			case "DEVICE_DELETED":
 				a.lookAtDisks(ctx, v, r, s)
 				freed = time.After(freeing)
+			case "BLOCK_WRITE_THRESHOLD":
+				r.lookAtRoom()
+			case "BLOCK_IO_ERROR":
+				r.lookAtRoom() // that it stops the guest is told by another
+				status = true
 			case "VSERPORT_CHANGE":
 				if r.proc.GuestAgent.Chardev != "" {
 					continue // the event has said it
@@ -237,6 +248,9 @@ func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Sess
 		if err := r.refreshStatus(ctx, s); err != nil {
 			a.log.Debug("run state unknown", "vm", v.name(), "error", err)
 		}
+		if r.concernsRoom() {
+			r.lookAtRoom()
+		}
 		again = nil
 		if r.inPassing() {
 			again = time.After(passing)
@@ -253,12 +267,14 @@ func (a *Agent) lookAtDisks(ctx context.Context, v *vm, r *run, s *monitor.Sessi
 	if _, err := a.refreshDisks(ctx, v, r, s); err != nil {
 		a.log.Debug("disks unknown", "vm", v.name(), "error", err)
 	}
+	r.lookAtRoom()
 }
 
 // makeUp asks QEMU what events that were lost may have said. How the VM is going
 // to end is not known any more.
 func (a *Agent) makeUp(ctx context.Context, v *vm, r *run, s *monitor.Session) {
 	a.log.Warn("events of a VM were lost", "vm", v.name())
+	defer r.lookAtRoom()
 	r.mu.Lock()
 	r.how = ""
 	r.mu.Unlock()
@@ -393,6 +409,7 @@ func (a *Agent) lookAgain(ctx context.Context, v *vm) {
 	if err != nil || r == nil {
 		return
 	}
+	r.lookAtRoom()
 	s, err := v.monitorOf(r)
 	if err == nil {
 		_, err = a.refreshDisks(ctx, v, r, s)

@@ -151,5 +151,5 @@ func statRoom(path string) (fileStat, error) {
 	if err := unix.Statfs(filepath.Dir(path), &st); err != nil {
 		return fileStat{}, err
 	}
-	return fileStat{allocated: info.Allocated, free: st.Bavail * uint64(st.Bsize)}, nil
+	return fileStat{allocated: info.Allocated, free: st.Bavail * uint64(st.Bsize), size: uint64(info.Size)}, nil
 }

@@ -116,6 +116,7 @@ func (a *Agent) canKeepUp(ctx context.Context, v *vm) (bool, error) {
 func (a *Agent) upkeepRecipe(v *vm) op.Recipe {
 	return func(ctx context.Context, o *op.Op) error {
 		v.change(ctx, a, o)
+		v.leaveCPUs(o)
 		d := &deletion{Agent: a, o: o, vm: v}
 		d.Speed, d.Upkeep = a.cfg.UpkeepSpeed, true
 		o.LeaveAtStop()

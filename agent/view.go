@@ -33,6 +33,7 @@ type VMView struct {
 	FirstSeen, LastSeen time.Time
 	Snapshots           int
 	Space               *VMSpace // nil until it has been measured
+	OutOfSpace          bool     // QEMU has stopped the guest, since a disk could not grow
 }
 
 // ProcessView is the QEMU process of a VM.
@@ -75,6 +76,7 @@ type DiskView struct {
 	IOThread     string
 	NotCuttable  string // why it cannot be snapshotted; empty when it can
 	SettleNeeded bool
+	SpaceLow     bool // less is free where it grows than is to be
 }
 
 // LayerView is one image file of a disk.

@@ -36,6 +36,10 @@ type vm struct {
 	// changing is held for writing while layers are made or moved, so that
 	// nobody takes a half-finished change for the state of the disks.
 	changing sync.RWMutex
+	// cpus is held while calm is looked at or changed: whether the operation that
+	// holds changing leaves it to others whether the guest runs.
+	cpus sync.Mutex
+	calm bool
 	// registering is held while disks seen are matched with those known, so that
 	// two that look at a new disk at the same time do not both record it.
 	registering sync.Mutex

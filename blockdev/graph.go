@@ -25,8 +25,10 @@ type Node struct {
 	VirtualSize  uint64 // bytes
 	Cache        Cache
 	DetectZeroes string // "off", "on" or "unmap"
-	children     map[string]string
-	parents      []string
+	// WriteThreshold is SetWriteThreshold's, 0 once QEMU has told of it.
+	WriteThreshold uint64
+	children       map[string]string
+	parents        []string
 }
 
 // Cache is how a node uses the host's page cache. Overlays do not inherit it.
@@ -78,6 +80,7 @@ type namedNode struct {
 	DetectZeroes string `json:"detect_zeroes"`
 	Cache        Cache  `json:"cache"`
 	Group        string `json:"group"` // throttle group
+	Threshold    uint64 `json:"write_threshold"`
 	Image        struct {
 		VirtualSize uint64 `json:"virtual-size"`
 	} `json:"image"`
@@ -88,6 +91,7 @@ type blockInfo struct {
 	Device    string     `json:"device"`
 	QDev      string     `json:"qdev"`
 	Removable bool       `json:"removable"`
+	IOStatus  string     `json:"io-status"` // absent for devices that do not stop the guest
 	Inserted  *namedNode `json:"inserted"`
 }
 
@@ -133,7 +137,8 @@ func ReadGraph(ctx context.Context, m Monitor) (*Graph, error) {
 	for _, n := range named {
 		g.Nodes[n.NodeName] = &Node{
 			Name: n.NodeName, Driver: n.Driver, Filename: n.File, ReadOnly: n.ReadOnly, Encrypted: n.Encrypted,
-			VirtualSize: n.Image.VirtualSize, Cache: n.Cache, DetectZeroes: n.DetectZeroes, children: map[string]string{},
+			VirtualSize: n.Image.VirtualSize, Cache: n.Cache, DetectZeroes: n.DetectZeroes, WriteThreshold: n.Threshold,
+			children: map[string]string{},
 		}
 	}
 	g.link(debug, jobs)
@@ -189,6 +194,7 @@ type Drive struct {
 	ReadOnly  bool
 	Removable bool
 	Throttled bool
+	Failed    Stop // why a request of the guest has failed, since the guest was last resumed
 	// Unnamed means that neither the device nor a -drive has a name: Device is
 	// that of the root, and changes when the root does.
 	Unnamed bool
@@ -203,6 +209,9 @@ func newDrive(b blockInfo) (Drive, bool) {
 	d := Drive{
 		QDev: b.QDev, Backend: b.Device, Root: b.Inserted.NodeName,
 		ReadOnly: b.Inserted.ReadOnly, Removable: b.Removable, Throttled: b.Inserted.Group != "",
+	}
+	if b.IOStatus != "ok" {
+		d.Failed = Stop(b.IOStatus)
 	}
 	d.Device, d.Unnamed = label(b)
 	return d, true

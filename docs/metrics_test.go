@@ -27,9 +27,9 @@ var update = flag.Bool("update", false, "write the metrics reference instead of 
 type oneVM struct{}
 
 func (oneVM) VMs(context.Context) ([]agent.VMView, agent.Discovery) {
-	disks := []agent.DiskView{{Device: "root"}}
+	disks := []agent.DiskView{{Device: "root", SpaceLow: true}}
 	return []agent.VMView{
-		{ID: "1", Name: "web", State: agent.Paused, Process: &agent.ProcessView{}, Disks: disks, Freeze: &agent.FreezeView{}, Space: &agent.VMSpace{}},
+		{ID: "1", Name: "web", State: agent.Paused, Process: &agent.ProcessView{}, Disks: disks, Freeze: &agent.FreezeView{}, Space: &agent.VMSpace{}, OutOfSpace: true},
 	}, agent.Discovery{}
 }
 

@@ -55,7 +55,7 @@ func (h host) Operations(ctx context.Context, f agent.OperationFilter) ([]op.Rec
 func busyHost() host {
 	held := &agent.FreezeView{Frozen: 2, Total: 2}
 	process := &agent.ProcessView{PID: 1}
-	chain := []agent.DiskView{{Device: "root", Layers: make([]agent.LayerView, 3)}, {Device: "data", Layers: make([]agent.LayerView, 1)}}
+	chain := []agent.DiskView{{Device: "root", Layers: make([]agent.LayerView, 3), SpaceLow: true}, {Device: "data", Layers: make([]agent.LayerView, 1)}}
 	group := &discover.Usage{
 		IO:       &discover.IOUsage{ReadBytes: 4096, WriteBytes: 512, Reads: 2, Writes: 1},
 		Pressure: []discover.Pressure{{Resource: "io", Some: 1500 * time.Millisecond, Full: 500 * time.Millisecond}},
@@ -68,7 +68,7 @@ func busyHost() host {
 			{ID: "3", Name: "twin", State: agent.Running, Freeze: held},
 			{ID: "3", Name: "twin", State: agent.Running, Freeze: held},
 			// Another VM may have the same name, and any bytes in it.
-			{ID: "4", Name: "web", State: agent.Paused, Freeze: held},
+			{ID: "4", Name: "web", State: agent.Paused, Freeze: held, OutOfSpace: true, Disks: chain[:1]},
 			{ID: "5", Name: "odd\xff\"\n", State: agent.Paused, Freeze: held},
 			{ID: "7", Name: "mute", State: agent.Unknown, Process: process},
 			{ID: "8", Name: "mute", State: agent.Running, Process: process}, // another VM of the same name
@@ -258,7 +258,7 @@ func TestCardinality(t *testing.T) {
 			name := fmt.Sprint("vm", i)
 			h.vms = append(h.vms, agent.VMView{
 				ID: name, Name: name, State: agent.Paused, Process: &agent.ProcessView{}, Freeze: &agent.FreezeView{}, Space: &agent.VMSpace{},
-				Disks: []agent.DiskView{{Device: "root", Layers: make([]agent.LayerView, i)}},
+				Disks: []agent.DiskView{{Device: "root", Layers: make([]agent.LayerView, i), SpaceLow: true}}, OutOfSpace: true,
 			})
 			h.usage = append(h.usage, agent.VMUsage{ID: name, Name: name, Disks: []agent.DiskUsage{{Device: "root"}}})
 		}
@@ -285,7 +285,7 @@ func TestCardinality(t *testing.T) {
 	if one, many := series(1, 1), series(1, 1000); one != many {
 		t.Errorf("%d series with one operation, %d with 1000", one, many)
 	}
-	const ofEach = 10 // of a VM with one disk
+	const ofEach = 12 // of a VM with one disk
 	if few, many := series(10, 1), series(110, 1); many-few > 100*ofEach {
 		t.Errorf("100 more VMs make %d more series; want %d at most", many-few, 100*ofEach)
 	}

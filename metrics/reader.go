@@ -44,8 +44,10 @@ var (
 	descGuestFrozen  = desc("guest_frozen", "1 for each guest that is held frozen; absent for the others.", "vm")
 	descUnresolved   = desc("guests_freeze_unresolved", "Guests that may be frozen still, since their agent does not answer.")
 	descPaused       = desc("guest_paused", "1 for each guest whose CPUs stand still; absent for the others.", "vm")
+	descOutOfSpace   = desc("guest_out_of_space", "1 for each guest that QEMU has stopped since a disk of it could not grow; absent for the others.", "vm")
 	descMonitorUp    = desc("monitor_up", "Whether the QEMU of a VM that runs talks to vmsnapd.", "vm")
 	descChain        = desc("disk_chain_layers", "Layers of a disk that lie on each other, the active one included.", "vm", "disk")
+	descSpaceLow     = desc("disk_space_low", "1 for each disk that grows where less is free than is to be (`low-space`), and less than it may still grow by; absent for the others.", "vm", "disk")
 	descFallback     = desc("discovery_fallback", "1 when VMs are found by scanning, with a delay of seconds, since process events cannot be had.")
 	descRunning      = desc("operations_running", "Operations that have not ended, those that wait included: "+words(op.Kinds)+".", "kind")
 	descQueued       = desc("operations_queued", "Operations that wait for their turn.")
@@ -86,7 +88,7 @@ func newReader(source Source) *reader {
 // Describe tells which metrics there are.
 func (r *reader) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descVMs, descGuestsFrozen, descGuestFrozen, descUnresolved, descPaused, descMonitorUp, descChain, descFallback,
+		descVMs, descGuestsFrozen, descGuestFrozen, descUnresolved, descPaused, descOutOfSpace, descMonitorUp, descChain, descSpaceLow, descFallback,
 		descRunning, descQueued, descBytes, descBytesTotal, descRate, descSuccess,
 		descLayerBytes, descForeignBytes, descMemoryBytes, descReclaimableBytes,
 		descActiveBytes, descFreeBytes, descIOBytes, descIOOperations, descPressure,
@@ -180,14 +182,18 @@ func readVMs(ctx context.Context, source Source) ([]prometheus.Metric, error) {
 }
 
 // standOf tells of each VM that runs whether its monitor answers and whether its
-// guest stands still, and of each disk how long its chain is. Of VMs of one name
+// guest stands still, and of each disk how long its chain is and whether it can grow. Of VMs of one name
 // it is the worst that counts.
 func standOf(vms []agent.VMView) []prometheus.Metric {
 	up, paused, chains := map[string]float64{}, map[string]bool{}, map[[2]string]float64{}
+	full, low := map[string]bool{}, map[[2]string]bool{}
 	for _, vm := range vms {
 		name := valid(vm.Name)
 		if vm.State == agent.Paused {
 			paused[name] = true
+		}
+		if vm.OutOfSpace {
+			full[name] = true
 		}
 		if vm.Process != nil {
 			answers := 1.0
@@ -201,11 +207,20 @@ func standOf(vms []agent.VMView) []prometheus.Metric {
 		for _, d := range vm.Disks {
 			key := [2]string{name, valid(d.Device)}
 			chains[key] = max(chains[key], float64(len(d.Layers)))
+			if d.SpaceLow {
+				low[key] = true
+			}
 		}
 	}
 	var out []prometheus.Metric
 	for name := range paused {
 		out = append(out, gauge(descPaused, 1, name))
+	}
+	for name := range full {
+		out = append(out, gauge(descOutOfSpace, 1, name))
+	}
+	for key := range low {
+		out = append(out, gauge(descSpaceLow, 1, key[:]...))
 	}
 	for name, answers := range up {
 		out = append(out, gauge(descMonitorUp, answers, name))

@@ -7,32 +7,36 @@ type Kind string
 
 // The kinds of event.
 const (
-	AgentStarted     Kind = "agent-started"     // vmsnapd serves requests
-	AgentStopped     Kind = "agent-stopped"     // vmsnapd stops in order
-	CallMade         Kind = "call-made"         // a call that was to change something
-	CallRefused      Kind = "call-refused"      // a caller's role did not permit a call
-	EventsLost       Kind = "events-lost"       // events could not be recorded
-	GuestFrozen      Kind = "guest-frozen"      // a guest's file systems were frozen
-	GuestThawed      Kind = "guest-thawed"      // … and thawed
-	OperationBegan   Kind = "operation-began"   // an operation was accepted
-	OperationEnded   Kind = "operation-ended"   // it succeeded, failed or was cancelled
-	OperationWarning Kind = "operation-warning" // it has a warning
-	ScheduleChanged  Kind = "schedule-changed"  // made, edited, paused, resumed or deleted
-	ScheduleMissed   Kind = "schedule-missed"   // runs were let go, or a run is late
-	ScheduleSkipped  Kind = "schedule-skipped"  // a run did not take place
-	SnapshotDeleted  Kind = "snapshot-deleted"  // a snapshot was deleted
-	SnapshotRenamed  Kind = "snapshot-renamed"  // a snapshot has another name
-	ThawUnresolved   Kind = "thaw-unresolved"   // a guest may be frozen, and does not answer
-	VMForgotten      Kind = "vm-forgotten"      // the records of a VM were removed
-	VMFound          Kind = "vm-found"          // a VM was seen for the first time
-	VMStarted        Kind = "vm-started"        // a QEMU process was found
-	VMStopped        Kind = "vm-stopped"        // … and has exited
+	AgentStarted     Kind = "agent-started"      // vmsnapd serves requests
+	AgentStopped     Kind = "agent-stopped"      // vmsnapd stops in order
+	CallMade         Kind = "call-made"          // a call that was to change something
+	CallRefused      Kind = "call-refused"       // a caller's role did not permit a call
+	DiskSpaceLow     Kind = "disk-space-low"     // little is free where a disk grows
+	DiskSpaceBack    Kind = "disk-space-back"    // … and enough again
+	EventsLost       Kind = "events-lost"        // events could not be recorded
+	GuestFrozen      Kind = "guest-frozen"       // a guest's file systems were frozen
+	GuestOutOfSpace  Kind = "guest-out-of-space" // QEMU stopped a guest, since a disk could not grow
+	GuestResumed     Kind = "guest-resumed"      // … and it runs again
+	GuestThawed      Kind = "guest-thawed"       // … and thawed
+	OperationBegan   Kind = "operation-began"    // an operation was accepted
+	OperationEnded   Kind = "operation-ended"    // it succeeded, failed or was cancelled
+	OperationWarning Kind = "operation-warning"  // it has a warning
+	ScheduleChanged  Kind = "schedule-changed"   // made, edited, paused, resumed or deleted
+	ScheduleMissed   Kind = "schedule-missed"    // runs were let go, or a run is late
+	ScheduleSkipped  Kind = "schedule-skipped"   // a run did not take place
+	SnapshotDeleted  Kind = "snapshot-deleted"   // a snapshot was deleted
+	SnapshotRenamed  Kind = "snapshot-renamed"   // a snapshot has another name
+	ThawUnresolved   Kind = "thaw-unresolved"    // a guest may be frozen, and does not answer
+	VMForgotten      Kind = "vm-forgotten"       // the records of a VM were removed
+	VMFound          Kind = "vm-found"           // a VM was seen for the first time
+	VMStarted        Kind = "vm-started"         // a QEMU process was found
+	VMStopped        Kind = "vm-stopped"         // … and has exited
 )
 
 // Kinds are all kinds, sorted.
 var Kinds = []Kind{
-	AgentStarted, AgentStopped, CallMade, CallRefused, EventsLost, GuestFrozen, GuestThawed, OperationBegan, OperationEnded,
-	OperationWarning, ScheduleChanged, ScheduleMissed, ScheduleSkipped, SnapshotDeleted, SnapshotRenamed, ThawUnresolved,
+	AgentStarted, AgentStopped, CallMade, CallRefused, DiskSpaceBack, DiskSpaceLow, EventsLost, GuestFrozen, GuestOutOfSpace, GuestResumed,
+	GuestThawed, OperationBegan, OperationEnded, OperationWarning, ScheduleChanged, ScheduleMissed, ScheduleSkipped, SnapshotDeleted, SnapshotRenamed, ThawUnresolved,
 	VMForgotten, VMFound, VMStarted, VMStopped,
 }
 

@@ -61,6 +61,9 @@ type config struct {
 	UpkeepInterval time.Duration
 	MaxChain       int
 
+	LowSpace     int // MiB
+	ResumeGuests bool
+
 	ScheduleMaxKeep int
 	ScheduleMaxAge  time.Duration
 
@@ -81,6 +84,7 @@ func (c *config) settings() map[string]any {
 		"max-operations": &c.MaxOperations, "max-operations-per-storage": &c.MaxOperationsPerStorage,
 		"merge-speed": &c.MergeSpeed, "max-chain": &c.MaxChain,
 		"upkeep-speed": &c.UpkeepSpeed, "upkeep-interval": &c.UpkeepInterval,
+		"low-space": &c.LowSpace, "resume-guests": &c.ResumeGuests,
 		"schedule-max-keep": &c.ScheduleMaxKeep, "schedule-max-age": &c.ScheduleMaxAge,
 		"viewers": &c.Viewers, "operators": &c.Operators, "admins": &c.Admins,
 	}
@@ -121,6 +125,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.IntVar(&c.UpkeepSpeed, "upkeep-speed", 32, "`MiB` a second that merging layers which were left over copies at most; 0: they stay")
 	f.DurationVar(&c.UpkeepInterval, "upkeep-interval", 10*time.Minute, "how often it is looked for such layers; 0: never")
 	f.IntVar(&c.MaxChain, "max-chain", agent.DefaultMaxChain, "how many layers of a disk may lie on each other; 0: any number")
+	f.IntVar(&c.LowSpace, "low-space", 1024, "`MiB` that are to be free where a disk grows, or an event and a metric say so; 0: they never do")
+	f.BoolVar(&c.ResumeGuests, "resume-guests", false, "let guests run again that QEMU has stopped for want of space, once there is space")
 	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look")
 	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw")
 	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything")
@@ -263,7 +269,7 @@ func (c *config) check() error {
 	if c.EventMaxAge <= 0 {
 		return c.wrong("event-max-age", "%s is not more than 0", c.EventMaxAge)
 	}
-	if err := errors.Join(c.checkHooks(), c.checkMerges()); err != nil {
+	if err := errors.Join(c.checkHooks(), c.checkStorage()); err != nil {
 		return err
 	}
 	if c.LogFormat != "text" && c.LogFormat != "json" {
@@ -277,8 +283,8 @@ func (c *config) check() error {
 	return nil
 }
 
-// checkMerges refuses what says nothing of merges.
-func (c *config) checkMerges() error {
+// checkStorage refuses what says nothing of merges, chains and space.
+func (c *config) checkStorage() error {
 	if c.MergeSpeed < 0 {
 		return c.wrong("merge-speed", "%d is less than 0", c.MergeSpeed)
 	}
@@ -290,6 +296,9 @@ func (c *config) checkMerges() error {
 	}
 	if c.MaxChain < 0 || c.MaxChain == 1 {
 		return c.wrong("max-chain", "%d is neither 0 nor at least 2", c.MaxChain)
+	}
+	if c.LowSpace < 0 {
+		return c.wrong("low-space", "%d is less than 0", c.LowSpace)
 	}
 	return nil
 }

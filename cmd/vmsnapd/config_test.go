@@ -72,6 +72,8 @@ func TestConfigErrorsNameTheSetting(t *testing.T) {
 		"upkeep-speed: -1\n":                          "vmsnapd.yaml:1: upkeep-speed: ",
 		"upkeep-interval: -1s\n":                      "vmsnapd.yaml:1: upkeep-interval: ",
 		"max-chain: 1\n":                              "vmsnapd.yaml:1: max-chain: ",
+		"low-space: -1\n":                             "vmsnapd.yaml:1: low-space: ",
+		"resume-guests: sometimes\n":                  "vmsnapd.yaml:1: resume-guests: must be true or false",
 		"max-operations-per-storage: many\n":          "vmsnapd.yaml:1: max-operations-per-storage: must be a number",
 		"hooks-dir: hooks.d\n":                        "vmsnapd.yaml:1: hooks-dir: ",
 		"hooks-fail-closed: [pre-frees]\n":            `vmsnapd.yaml:1: hooks-fail-closed: "pre-frees" is no phase; known are [pre-freeze `,

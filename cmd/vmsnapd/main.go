@@ -200,6 +200,7 @@ func openAgent(ctx context.Context, c config, m *metrics.Metrics, log hclog.Logg
 		Hooks: c.hooks(), Profiles: c.Profiles, Limits: op.Limits{Operations: c.MaxOperations, PerStorage: c.MaxOperationsPerStorage},
 		MergeSpeed: uint64(c.MergeSpeed) << 20, MaxChain: c.MaxChain,
 		UpkeepSpeed: uint64(c.UpkeepSpeed) << 20, UpkeepInterval: c.UpkeepInterval,
+		LowSpace: uint64(c.LowSpace) << 20, ResumeGuests: c.ResumeGuests,
 		ScheduleCaps: agent.ScheduleCaps{Keep: c.ScheduleMaxKeep, MaxAge: c.ScheduleMaxAge},
 		OnOperation:  m.ObserveOperation, OnFreezeWindow: m.ObserveFreezeWindow, OnPause: m.ObservePause, OnRun: m.ObserveRun,
 	})

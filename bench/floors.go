@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -29,6 +30,10 @@ func (runs *memoryRuns) measureFloors(ctx context.Context, s *scene, plan memory
 		if err != nil {
 			return fmt.Errorf("save to the null device: %w", err)
 		}
+		reader, err := migrateToReader(ctx, qmp)
+		if err != nil {
+			return fmt.Errorf("save to a reader: %w", err)
+		}
 		file, err := migrateToFile(ctx, qmp, filepath.Join(s.dir, "bare-memory"), int64(plan.memoryMiB)<<20)
 		if err != nil {
 			return fmt.Errorf("save to a file: %w", err)
@@ -37,7 +42,8 @@ func (runs *memoryRuns) measureFloors(ctx context.Context, s *scene, plan memory
 		if err != nil {
 			return err
 		}
-		runs.null, runs.file, runs.disk = append(runs.null, null), append(runs.file, file), append(runs.disk, disk)
+		runs.null, runs.reader = append(runs.null, null), append(runs.reader, reader)
+		runs.file, runs.disk = append(runs.file, file), append(runs.disk, disk)
 	}
 	if runs.rate > 0 {
 		return nil // a plain migration need not come to an end
@@ -66,6 +72,43 @@ func migrateToNull(ctx context.Context, qmp *wire, tracked bool) (_ rate, err er
 		err = qmp.call("cont", object{}, nil)
 	}
 	return r, err
+}
+
+// readerBuffer is as much as the kernel lets anybody have in a pipe.
+const readerBuffer = 1 << 20
+
+// migrateToReader has QEMU save the guest's memory, tracking writes, to somebody
+// who reads it and throws it away.
+func migrateToReader(ctx context.Context, qmp *wire) (rate, error) {
+	from, to, err := os.Pipe()
+	if err != nil {
+		return rate{}, err
+	}
+	defer func() { _, _ = from.Close(), to.Close() }()
+	if _, err := unix.FcntlInt(from.Fd(), unix.F_SETPIPE_SZ, readerBuffer); err != nil {
+		return rate{}, fmt.Errorf("enlarge a pipe: %w", err)
+	}
+	end := make(chan error, 1)
+	go func() {
+		buf := make([]byte, readerBuffer)
+		for {
+			if _, err := from.Read(buf); err != nil {
+				end <- err
+				return
+			}
+		}
+	}()
+	r, err := migrate(ctx, qmp, to, true)
+	if err != nil {
+		return rate{}, err
+	}
+	if err := to.Close(); err != nil {
+		return rate{}, err
+	}
+	if err := <-end; !errors.Is(err, io.EOF) {
+		return rate{}, err
+	}
+	return r, nil
 }
 
 // migrateToFile has QEMU save the guest's memory into a file with its space set

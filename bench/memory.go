@@ -65,6 +65,7 @@ type memoryRuns struct {
 	ours    []save // in the order of one process's life
 	libvirt []save
 	null    []rate // QEMU, saving the same way to the null device
+	reader  []rate // QEMU, saving the same way to who reads it and throws it away
 	plain   []rate // QEMU, migrating to the null device with no write tracking
 	file    []rate // QEMU, saving the same way to a file, with nobody beside it
 	disk    []rate // the file system

@@ -65,6 +65,7 @@ func (r *report) addRates(m memoryRuns, add func(row, string)) {
 	}
 	against("QEMU to a file, no vmsnapd", middle(m.file))
 	against("the lesser of null and disk: "+by, limit)
+	against("QEMU to a reader that throws it away", middle(m.reader))
 	add(row{rival: mibPerSecond(middle(m.null))}, "rate of QEMU to the null device, tracking writes")
 	if len(m.plain) > 0 {
 		add(row{rival: mibPerSecond(middle(m.plain))}, "rate of QEMU to the null device, a plain migration")
@@ -92,7 +93,7 @@ func (r *report) runMemory(m memoryRuns) {
 	for _, by := range []struct {
 		name  string
 		rates []rate
-	}{{"null", m.null}, {"plain", m.plain}, {"file", m.file}, {"disk", m.disk}} {
+	}{{"null", m.null}, {"reader", m.reader}, {"plain", m.plain}, {"file", m.file}, {"disk", m.disk}} {
 		for _, one := range by.rates {
 			r.run(fmt.Sprintf("MemoryFloor/qemu=%s/dirty=%d/by=%s", m.qemu, m.rate, by.name), one.took, measurement{"file-bytes", one.bytes})
 		}

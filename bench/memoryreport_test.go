@@ -22,7 +22,7 @@ func sampleMemory() memoryRuns {
 	return memoryRuns{
 		qemu: "10", rate: 400, highest: true,
 		ours: savesOf(20, 30, 30, 30, 30, 30, 30, 40, 41, 42), libvirt: savesOf(1000, 1200),
-		null: []rate{{1 << 30, time.Second}}, disk: []rate{{1 << 30, 2 * time.Second}}, file: []rate{{1 << 30, 4 * time.Second}},
+		null: []rate{{1 << 30, time.Second}}, reader: []rate{{1 << 30, time.Second}}, disk: []rate{{1 << 30, 2 * time.Second}}, file: []rate{{1 << 30, 4 * time.Second}},
 	}
 }
 
@@ -37,6 +37,7 @@ func TestMemoryRows(t *testing.T) {
 		"memory, 400 MB/s dirtied: file 10 1024 MiB libvirt 1024 MiB 1.00 -",
 		"memory, 400 MB/s dirtied: rate, until durable 10 256 MiB/s QEMU to a file, no vmsnapd 256 MiB/s 1.00 ≥ 0.90 ok",
 		"memory, 400 MB/s dirtied: rate, until durable 10 256 MiB/s the lesser of null and disk: the disk 512 MiB/s 0.50 ≥ 0.90 BELOW",
+		"memory, 400 MB/s dirtied: rate, until durable 10 256 MiB/s QEMU to a reader that throws it away 1024 MiB/s 0.25 ≥ 0.90 BELOW",
 	} {
 		if !strings.Contains(table, line) {
 			t.Errorf("there is no line %q in\n%s", line, table)

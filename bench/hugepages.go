@@ -27,8 +27,9 @@ func hugePages(pid int) (int, error) {
 }
 
 const (
-	// hugePagesShare of what there was is what a guest gets back.
-	hugePagesShare = 0.9
+	// hugePagesShare of what there was is what a guest gets back: vmsnapd leaves
+	// it at that as well.
+	hugePagesShare = 0.99
 	// hugePagesWithin is how long it may take: a snapshot that is taken sooner
 	// is measured all the same.
 	hugePagesWithin = 15 * time.Second
@@ -36,7 +37,7 @@ const (
 	hugePagesInterval = 250 * time.Millisecond
 )
 
-// awaitHugePages returns when a process has most of its huge pages again, as it
+// awaitHugePages returns when a process has its huge pages again, as it
 // would between two snapshots that are not taken one after the other.
 func awaitHugePages(ctx context.Context, pid, before int) error {
 	ctx, cancel := context.WithTimeout(ctx, hugePagesWithin)

@@ -25,6 +25,7 @@ func (d *deletion) mergeOffline(ctx context.Context, g *merging, inChain bool) e
 	}
 	leaving, stop := d.leaving(ctx)
 	defer stop()
+	d.o.Progress(0, g.Bytes, "bytes") // qemu-img first tells when it has written for a while
 	for {
 		err = d.runOffline(leaving, g)
 		if err == nil || !errors.Is(err, syscall.ENOSPC) {

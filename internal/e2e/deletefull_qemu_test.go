@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -18,8 +19,7 @@ func TestQEMUDeleteFull(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		vm := newStill(t, q, "deletefull-"+q.Name, "root.qcow2")
 		vm.small("48m")
-		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
-		h.await(vm.name, "paused")
+		h, gate := gatedHost(t, q, vm)
 		k := newTree(h, vm)
 		k.bare = true
 		for i, where := range []string{"0 1M", "1M 1M", "3M 1M", "5M 1M", "1M 1M"} {
@@ -38,11 +38,22 @@ func TestQEMUDeleteFull(t *testing.T) {
 			h.fails(6, "bytes free", "snapshot", "delete", name, "--dry-run")
 			free()
 
+			if stopped {
+				gate.hold("commit")
+			}
 			id := strings.TrimSpace(h.must("snapshot", "delete", name, "--speed", "512KiB", "--detach", "-o", "name"))
-			h.awaitStep(id, "commit root")
-			h.rest(id, true) // a loaded machine may be late
-			free = fill(t, vm.dir, 0)
-			h.rest(id, false)
+			// It has found enough space, and has not written yet.
+			if stopped {
+				gate.await(h, "commit")
+				free = fill(t, vm.dir, 0)
+				gate.release("commit")
+			} else {
+				h.awaitStep(id, "commit root")
+				h.rest(id, true)
+				h.eventually(eventLimit, when+": its block job", vm.hasJob)
+				free = fill(t, vm.dir, 0)
+				h.rest(id, false)
+			}
 			h.eventually(eventLimit, when+": it says that it needs space", func() error {
 				if text := h.must("operation", "show", id); !strings.Contains(text, "no-space") || !strings.Contains(text, "it needs") {
 					return fmt.Errorf("it says\n%s", text)
@@ -61,6 +72,18 @@ func TestQEMUDeleteFull(t *testing.T) {
 		h.await(vm.name, "paused")
 		k.verify("started again")
 	})
+}
+
+// hasJob tells whether QEMU has a block job.
+func (s *still) hasJob() error {
+	var jobs []struct{}
+	if err := s.own.Execute(s.t.Context(), "query-jobs", nil, &jobs); err != nil {
+		return err
+	}
+	if len(jobs) == 0 {
+		return errors.New("there is none")
+	}
+	return nil
 }
 
 // rest pauses an operation, or lets it go on.

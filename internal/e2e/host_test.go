@@ -36,7 +36,7 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	if err := errors.Join(build(dir, "vmsnapd", watchFlags()...), build(dir, "vmsnap")); err != nil {
+	if err := errors.Join(build(dir, "vmsnapd", watchFlags()...), build(dir, "vmsnap"), build(dir+"/"+unwatched, "vmsnapd")); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -45,6 +45,10 @@ func run(m *testing.M) int {
 	tally.print()
 	return code
 }
+
+// unwatched is where the daemon is that the race detector does not watch: it is
+// as fast and as small as an operator's.
+const unwatched = "unwatched"
 
 // watchFlags are the flags that have the race detector watch the daemon as it
 // does the tests: see RACE in the Makefile.
@@ -84,6 +88,7 @@ type host struct {
 	metrics string
 	flags   []string // of the daemon, beside those that start gives it
 	env     []string // of the daemon, beside the test's own
+	program string   // below binaries
 	daemon  *exec.Cmd
 	log     logFile
 	exited  chan struct{}
@@ -120,7 +125,7 @@ func newHostOf(t *testing.T, uuids map[string]string) *host {
 // prepareHost makes everything that a daemon needs, and does not start it.
 func prepareHost(t *testing.T, flags ...string) *host {
 	t.Helper()
-	h := &host{t: t, dir: t.TempDir(), flags: flags}
+	h := &host{t: t, dir: t.TempDir(), flags: flags, program: "vmsnapd"}
 	sockets, err := os.MkdirTemp("", "vs-") // short: a socket's path has 107 bytes
 	if err != nil {
 		t.Fatal(err)
@@ -168,7 +173,7 @@ func (h *host) start() {
 		h.t.Fatal(err)
 	}
 	defer func() { _ = log.Close() }()
-	h.daemon = exec.Command(filepath.Join(binaries, "vmsnapd"), h.arguments()...)
+	h.daemon = exec.Command(filepath.Join(binaries, h.program), h.arguments()...)
 	// The race detector would make every process end a second late.
 	h.daemon.Env = append(append(os.Environ(), "GORACE=atexit_sleep_ms=0 halt_on_error=1"), h.env...)
 	h.daemon.Stderr = log // a file: a pipe would keep Wait back

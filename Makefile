@@ -46,9 +46,8 @@ demo: deps build ## show snapshots of a real guest from end to end
 test: deps build lint race ## build, lint, and run every test, on real guests and with the race detector
 
 .PHONY: race
-race: deps ## run every test with the race detector, but for the schedules' year, which only computes
-	CGO_ENABLED=1 go test $(RACE) $(TESTFLAGS) $$(go list ./... | grep -v /agent/schedule)
-	go test $(TESTFLAGS) ./agent/schedule
+race: deps ## run every test with the race detector
+	@hack/race.sh $(RACE) -- $(TESTFLAGS)
 
 .PHONY: fuzz
 fuzz: ## run each fuzz target for FUZZTIME (default 10s)

@@ -28,10 +28,9 @@ func (d *deletion) yield(ctx context.Context) (end func()) {
 	go func() {
 		defer close(ended)
 		for rests := false; ; {
-			if p, err := d.vm.ioPressure(); err == nil {
-				rests = p > yieldAbove || rests && p > yieldBelow
-				d.o.Yield(rests)
-			}
+			p, err := d.vm.ioPressure()
+			rests = err == nil && (p > yieldAbove || rests && p > yieldBelow)
+			d.o.Yield(rests)
 			select {
 			case <-ctx.Done():
 				d.o.Yield(false)

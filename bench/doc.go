@@ -10,6 +10,9 @@
 // A restore in place stands beside a bare stop, reset and resume of the same
 // guest, which change no disk (restore.go).
 //
+// Merges, of a running disk and of a stopped one, stand beside `virsh blockcommit`
+// and `qemu-img commit` of equal layers (merge.go).
+//
 // The rival of snapshots with memory is libvirt (virsh snapshot-create-as --live
 // --memspec) with an equal guest, in a libvirtd of the benchmark's own, which
 // the host's is not touched by (libvirt.go). The guest changes its memory at a

@@ -76,9 +76,11 @@ var domainTemplate = template.Must(template.New("").Funcs(template.FuncMap{
   <vcpu>1</vcpu>
   <os>
     <type arch='x86_64' machine='{{x .Options.machine}}'>hvm</type>
+{{- if .Options.kernel}}
     <kernel>{{x .Options.kernel}}</kernel>
     <initrd>{{x .Options.initrd}}</initrd>
     <cmdline>{{x .Options.append}}</cmdline>
+{{- end}}
   </os>
   <features><acpi/></features>
   <cpu mode='custom' match='exact' check='none'><model fallback='allow'>{{x .Options.cpu}}</model></cpu>
@@ -90,7 +92,9 @@ var domainTemplate = template.Must(template.New("").Funcs(template.FuncMap{
     <controller type='usb' model='none'/>
     <controller type='virtio-serial'/>
     <memballoon model='none'/>
+{{- if .Console}}
     <serial type='file'><source path='{{x .Console}}' append='on'/></serial>
+{{- end}}
 {{- range .Ports}}
     <channel type='unix'><source mode='bind' path='{{x .Path}}'/><target type='virtio' name='{{x .Name}}'/></channel>
 {{- end}}

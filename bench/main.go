@@ -48,11 +48,12 @@ const (
 	partWindows = "windows"
 	partAPI     = "api"
 	partRestore = "restore"
+	partMerge   = "merge"
 	partMemory  = "memory"
 	partScale   = "scale"
 )
 
-var parts = []string{partWindows, partAPI, partRestore, partMemory, partScale}
+var parts = []string{partWindows, partAPI, partRestore, partMerge, partMemory, partScale}
 
 // wants tells whether a part is to be measured.
 func (c config) wants(part string) bool { return c.only == "" || c.only == part }
@@ -108,6 +109,11 @@ func measure(ctx context.Context, c config, r *report, q testvm.QEMU, last bool)
 	}
 	if c.wants(partRestore) {
 		if err := measureRestores(ctx, c, r, q); err != nil {
+			return err
+		}
+	}
+	if c.wants(partMerge) {
+		if err := measureMerges(ctx, c, r, q); err != nil {
 			return err
 		}
 	}

@@ -130,3 +130,31 @@ func TestRuns(t *testing.T) {
 		t.Errorf("the first run is not there:\n%s", body)
 	}
 }
+
+// TestMergesBesideTheBetterRival has each of the rivals be the better one.
+func TestMergesBesideTheBetterRival(t *testing.T) {
+	took := func(ms ...int) []merged {
+		var all []merged
+		for _, n := range ms {
+			all = append(all, merged{took: time.Duration(n) * time.Millisecond, steps: []step{{"commit", time.Millisecond}}})
+		}
+		return all
+	}
+	r := sampleReport()
+	r.addMerges(mergeRuns{qemu: "7.2", bytes: 2 << 30, live: took(100), stopped: took(102), virsh: took(150), img: took(96)})
+	r.addMerges(mergeRuns{qemu: "10", bytes: 2 << 30, live: took(100), stopped: took(110), virsh: took(99), img: took(200)})
+	got := r.table()
+	for _, line := range []string{
+		"merge of 2048 MiB, VM running: rate beside the better rival's 7.2 100 ms [100 ms … 100 ms] virsh blockcommit 150 ms [150 ms … 150 ms] 0.96 ≥ 0.95 ok",
+		"merge of 2048 MiB, VM stopped: rate beside the better rival's 7.2 102 ms [102 ms … 102 ms] qemu-img commit 96.0 ms [96.0 ms … 96.0 ms] 0.94 ≥ 0.95 BELOW",
+		"merge of 2048 MiB, VM running: rate beside the better rival's 10 100 ms [100 ms … 100 ms] virsh blockcommit 99.0 ms [99.0 ms … 99.0 ms] 0.99 ≥ 0.95 ok",
+		"merge of 2048 MiB, VM stopped: rate beside the better rival's 10 110 ms [110 ms … 110 ms] qemu-img commit 200 ms [200 ms … 200 ms] 0.90 ≥ 0.95 BELOW",
+	} {
+		if !strings.Contains(squeeze(got), line) {
+			t.Errorf("there is no line %q in\n%s", line, got)
+		}
+	}
+	if raw := r.raw.String(); !strings.Contains(raw, "BenchmarkMerge/qemu=10/by=vmsnap-running") || !strings.Contains(raw, " 2147483648 merged-bytes 1000000 commit-ns\n") {
+		t.Errorf("the raw runs:\n%s", raw)
+	}
+}

@@ -38,6 +38,8 @@ type Config struct {
 	VMs    map[string]string // UUIDs by name
 	// Metrics is the address that metrics are served on; empty for none.
 	Metrics string
+	// Tools is the directory of the qemu-img that it runs; empty for the host's.
+	Tools string
 }
 
 // Daemon is a running vmsnapd and a client of it.
@@ -78,6 +80,9 @@ func start(ctx context.Context, c Config) (*Daemon, error) {
 	d.cmd = exec.Command(c.Binary, "--config", os.DevNull, "--state-dir", filepath.Join(c.Dir, "state"), "--run-dir", c.Dir,
 		"--socket", socket, "--metrics-listen", c.Metrics, "--vms-dir", filepath.Join(c.Dir, "vms.d"), "--listed-only")
 	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+n.path)
+	if c.Tools != "" {
+		d.cmd.Env = append(d.cmd.Env, "PATH="+c.Tools+":"+os.Getenv("PATH"))
+	}
 	began := time.Now()
 	if err := d.launch(); err != nil {
 		return nil, err

@@ -211,7 +211,8 @@ func (a *Agent) preflight(ctx context.Context, v *vm, req SnapshotRequest, regis
 	p.plan = Plan{VM: v.name(), Name: req.Name, Live: p.live, Consistency: catalog.Crash}
 	if req.Name != "" {
 		if _, err := a.catalog.SnapshotByName(ctx, v.id, req.Name); err == nil {
-			p.refuse(fault.New(fault.Exists, "VM %s has a snapshot %s already", v.name(), req.Name))
+			p.refuse(fault.New(fault.Exists, "VM %s has a snapshot %s already", v.name(), req.Name).
+				WithHint("choose another name, or none and one is made up"))
 		} else if fault.Of(err) != fault.NotFound {
 			return nil, err
 		}

@@ -140,7 +140,7 @@ func (a *Agent) dialProblem(r *run, err error) *Problem {
 	switch {
 	case r.proc.Libvirt:
 		return &Problem{"libvirt-managed", "managed by libvirt (" + r.proc.LibvirtEvidence + "), which holds the monitor",
-			"give the domain a second monitor with <qemu:commandline> -qmp unix:…,server=on,wait=off; libvirt's own view of the disks becomes stale after a cut"}
+			"take its snapshots with libvirt, since its command line fixes the layers of its disks; or start it without libvirt and with -qmp unix:…,server=on,wait=off"}
 	case errors.Is(err, errNoSocket):
 		return &Problem{"no-qmp-socket", "the launch command gives no QMP socket",
 			"add -qmp unix:/run/vmsnap/" + displayName(r.proc) + ".qmp,server=on,wait=off to it"}

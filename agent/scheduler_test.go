@@ -326,8 +326,8 @@ func TestSchedulePauseEditDelete(t *testing.T) {
 		time.Sleep(2 * time.Hour)
 		h.want("web/20000101T015500Z")
 		want := []string{
-			": schedule s: made: hourly at :30, UTC", ": schedule s: paused", ": schedule s: resumed", ": schedule s: edited: hourly at :55, UTC",
-			": schedule s: deleted",
+			"web: schedule s: made: hourly at :30, UTC", "web: schedule s: paused", "web: schedule s: resumed", "web: schedule s: edited: hourly at :55, UTC",
+			"web: schedule s: deleted",
 		}
 		if diff := cmp.Diff(want, h.told(event.ScheduleChanged)); diff != "" {
 			t.Error(diff)

@@ -152,7 +152,7 @@ func (a *Agent) TakenRuns(ctx context.Context, f RunFilter) ([]RunView, error) {
 		}
 	}
 	if f.Schedule != "" && filter.Schedule == "" {
-		return nil, fault.New(fault.NotFound, "there is no schedule %q", f.Schedule)
+		return nil, catalog.NoSchedule(f.Schedule)
 	}
 	runs, err := a.catalog.ScheduleRuns(ctx, filter)
 	if err != nil {
@@ -205,7 +205,7 @@ func (a *Agent) ComingRuns(ctx context.Context, f RunFilter) ([]RunView, error) 
 		}
 	}
 	if f.Schedule != "" && !found {
-		return nil, fault.New(fault.NotFound, "there is no schedule %q", f.Schedule)
+		return nil, catalog.NoSchedule(f.Schedule)
 	}
 	slices.SortFunc(views, func(x, y RunView) int { return cmp.Or(x.Begins.Compare(y.Begins), strings.Compare(x.VMName, y.VMName)) })
 	return views[:min(len(views), cmp.Or(f.Limit, EventPage))], nil

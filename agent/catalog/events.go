@@ -47,10 +47,14 @@ func (c *Catalog) AddEvents(ctx context.Context, events ...event.Event) error {
 	})
 }
 
-// AddEvent records an event together with what else the transaction does.
+// AddEvent records an event together with what else the transaction does. An
+// event of a VM that it does not name gets the VM's name.
 func (tx *Tx) AddEvent(ctx context.Context, e event.Event) error {
 	if e.Time.IsZero() {
 		e.Time = tx.now()
+	}
+	if e.VMID != "" && e.VMName == "" {
+		e.VMName = tx.vmName(ctx, e.VMID)
 	}
 	severity := slices.Index(event.Severities, e.Severity)
 	if severity < 0 {

@@ -121,7 +121,9 @@ func (tx *Tx) updateOperation(ctx context.Context, rec op.Record) error {
 	return err
 }
 
-func noOperation(id string) error { return notFound("no operation with the id %q", id) }
+func noOperation(id string) error {
+	return fault.New(fault.NotFound, "no operation with the id %q", id).WithHint("vmsnap operation list shows the operations")
+}
 
 // Operation returns an operation or fault.NotFound.
 func (r reader) Operation(ctx context.Context, id string) (op.Record, error) {

@@ -83,7 +83,7 @@ func (r reader) Schedules(ctx context.Context) ([]Schedule, error) {
 func (r reader) Schedule(ctx context.Context, ref string) (Schedule, error) {
 	s, ok, err := queryOne(ctx, r, scanSchedule, "SELECT "+scheduleColumns+" FROM schedules WHERE name = ?1 OR id = ?1 ORDER BY name = ?1 DESC", ref)
 	if err == nil && !ok {
-		err = notFound("there is no schedule %q", ref)
+		err = NoSchedule(ref)
 	}
 	return s, err
 }
@@ -140,6 +140,11 @@ func (tx *Tx) scheduleNameFree(ctx context.Context, name, id string) error {
 		err = fault.New(fault.Exists, "there is a schedule %q already", name)
 	}
 	return err
+}
+
+// NoSchedule is the error of a schedule that was asked for and is not there.
+func NoSchedule(ref string) error {
+	return fault.New(fault.NotFound, "there is no schedule %q", ref).WithHint("vmsnap schedule list shows the schedules")
 }
 
 // DeleteSchedule forgets a schedule and its runs. Its snapshots stay.

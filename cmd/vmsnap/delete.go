@@ -39,7 +39,12 @@ snapshot all the same, and keeps the layer for as long as they are there.`,
   vmsnap snapshot delete web/monday web/tuesday --dry-run
   vmsnap snapshot delete web --older-than 30d --label schedule=nightly
   vmsnap snapshot delete web --all --speed 100MiB`,
-		Args:              cobra.MinimumNArgs(1),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usage(cmd, "VM/NAME is not given")
+			}
+			return nil
+		},
 		ValidArgsFunction: a.completing(a.completeSnapshots),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := d.complete(cmd, args); err != nil {

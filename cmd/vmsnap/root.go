@@ -124,6 +124,7 @@ its id will do.`,
 // group makes a command that only has commands below it.
 func (a *app) group(cmd *cobra.Command, below ...*cobra.Command) *cobra.Command {
 	cmd.AddCommand(below...)
+	cmd.SuggestionsMinimumDistance = 2 // as many letters may differ in a command that is suggested
 	cmd.Args = func(cmd *cobra.Command, args []string) error {
 		if len(args) == 0 {
 			return nil

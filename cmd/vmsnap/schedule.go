@@ -6,6 +6,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 )
@@ -241,6 +242,11 @@ runs from now on by the new ones. --name gives it another name.
 		Args:              takes("NAME"),
 		ValidArgsFunction: a.completing(a.completeSchedules),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			given := false
+			cmd.LocalFlags().VisitAll(func(f *pflag.Flag) { given = given || f.Changed })
+			if !given {
+				return usage(cmd, "what to change of schedule %s is not given", args[0])
+			}
 			s, err := a.getSchedule(cmd.Context(), args[0])
 			if err != nil {
 				return err

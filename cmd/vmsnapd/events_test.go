@@ -61,6 +61,19 @@ func TestWebhookSecretOfTheUnit(t *testing.T) {
 	}
 }
 
+// TestUnitHandsOverCredentials has systemd hand over what is looked for.
+func TestUnitHandsOverCredentials(t *testing.T) {
+	unit, err := os.ReadFile("../../systemd/vmsnapd.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{metricsCredential, webhookCredential} {
+		if !strings.Contains(string(unit), "\nLoadCredential="+name+"\n") {
+			t.Errorf("the unit does not load %s", name)
+		}
+	}
+}
+
 func TestEventSettings(t *testing.T) {
 	c, err := loadConfig(t, "event-keep: 50\nevent-max-age: 48h\n")
 	if err != nil || c.EventKeep != 50 || c.EventMaxAge != 48*time.Hour {

@@ -25,10 +25,35 @@ type RestoreRequest struct {
 	Memory   bool         `json:",omitempty"` // the guest goes on from the snapshot's memory, in a new QEMU process
 	Launcher launch.Kind  `json:",omitempty"` // that starts it; empty: the agent's choice
 
+	Trial bool `json:"-"` // it opens or ends a preview; set by the agent
+	Anew  Anew `json:"-"` // what becomes of the QEMU process without Memory; set by the agent
+
 	Group *Group `json:",omitempty"` // that it is restored with; set by the agent
 
 	RequestID string `json:"-"`
 	UID       uint32 `json:"-"`
+}
+
+// Anew says what becomes of the QEMU process in a preview, or in its end, that
+// loads no memory.
+type Anew string
+
+// What can become of it.
+const (
+	AnewNot   Anew = ""      // the disks are swapped under it
+	AnewBoots Anew = "boots" // it is ended; another one boots
+	AnewStays Anew = "stays" // it is ended, and that is all
+)
+
+// replaces reports whether the QEMU process does not outlive the restore.
+func (r RestoreRequest) replaces() bool { return r.Memory || r.Anew != AnewNot }
+
+// givesUp is the option that gives up what the running guest has in memory.
+func (r RestoreRequest) givesUp() string {
+	if r.Trial {
+		return "--discard-running-state"
+	}
+	return "--no-safety-snapshot"
 }
 
 // chosen is one disk of a composition.

@@ -276,6 +276,11 @@ func (x *examination) lookForStrangeMemory(ctx context.Context) error {
 			known[s.Memory.Path] = true
 		}
 	}
+	if p, open, err := x.catalog.Preview(ctx, x.vm.id); err != nil {
+		return err
+	} else if open && p.Former != nil && p.Former.Memory != nil {
+		known[p.Former.Memory.Path] = true
+	}
 	for _, dir := range x.dirs() {
 		dirs[filepath.Join(dir, manifestDir)] = true
 	}

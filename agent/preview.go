@@ -10,6 +10,7 @@ import (
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/blockdev"
 	"github.com/vmsnap/vmsnap/monitor"
@@ -29,12 +30,14 @@ type PreviewView struct {
 	Opened    time.Time
 	Isolated  bool
 	Disks     []string // devices
+	Saved     uint64   // bytes of the state before's memory, which undo loads; 0 when it was not saved
 }
 
 // previewState is what the journal keeps of a restore that is a preview.
 type previewState struct {
 	Snapshot string
 	Isolated bool
+	Launcher launch.Kind `json:",omitempty"` // that was asked for
 }
 
 // PreviewSnapshot starts to run a trial state, and returns the operation.
@@ -46,18 +49,22 @@ func (a *Agent) PreviewSnapshot(ctx context.Context, req PreviewRequest) (op.Rec
 	spec := op.Spec{Kind: op.KindPreview, VMID: v.id, VMName: v.name(), Request: req, RequestID: req.RequestID, UID: req.UID}
 	return a.changes(ctx, spec, v, func(ctx context.Context, o *op.Op) error {
 		r := &restore{cut: &cut{Agent: a, o: o, vm: v}}
-		r.Preview = &previewState{Snapshot: s.Name, Isolated: !req.Connected}
+		r.Preview = &previewState{Snapshot: s.Name, Isolated: !req.Connected, Launcher: req.Launcher}
 		r.keepsAs("")
-		return r.to(ctx, s, req.RestoreRequest, func(p *restorePlan) {
+		from, how, err := a.trial(ctx, v, s, req)
+		if err != nil {
+			return err
+		}
+		return r.to(ctx, from, how, func(p *restorePlan) {
 			for _, d := range p.disks {
 				if d.Settle != SettleLive {
 					p.refuse(fault.New(fault.Unsupported, "VM %s: disk %s: its launch path can lead to another state only when the VM has stopped, which cannot be undone", v.name(), d.Device).
 						WithHint("restore the snapshot; the state before is kept"))
 				}
 			}
-			if p.resume && !req.DiscardRunning {
-				p.refuse(fault.New(fault.Unsupported, "VM %s runs, and what its guest has in memory is lost by a preview: undo starts it from its disks", v.name()).
-					WithHint("--discard-running-state agrees to that; or shut the guest down before"))
+			if p.memory != nil && len(p.excluded) > 0 {
+				p.refuse(fault.New(fault.Unsupported, "VM %s: disk %s is not in the preview and may be written to meanwhile, so what the guest has in memory could not come back: guest and disks would not fit together",
+					v.name(), p.excluded[0].Device).WithHint("preview all disks; or --discard-running-state: undo starts the guest from its disks"))
 			}
 		})
 	})
@@ -85,6 +92,12 @@ func (r *restore) recordPreview(ctx context.Context) error {
 	p := catalog.Preview{
 		VMID: r.vm.id, Operation: r.o.ID(), Snapshot: r.Preview.Snapshot, Opened: r.cutAt, Isolated: r.Preview.Isolated,
 		Offline: r.offline, Config: r.config,
+	}
+	if m := r.Memory; m != nil {
+		p.Former = &catalog.PreviewFormer{Ran: m.Former != nil, Launcher: string(r.Preview.Launcher)}
+		if m.Former != nil {
+			p.Former.Memory = m.Former.Saved
+		}
 	}
 	for _, d := range r.disks {
 		base, err := r.catalog.Layer(ctx, d.BaseID)
@@ -116,6 +129,9 @@ func (a *Agent) Preview(ctx context.Context, ref string) (PreviewView, error) {
 
 func previewView(p catalog.Preview) PreviewView {
 	view := PreviewView{Snapshot: p.Snapshot, Operation: p.Operation, Opened: p.Opened, Isolated: p.Isolated}
+	if p.Former != nil && p.Former.Memory != nil {
+		view.Saved = p.Former.Memory.Size
+	}
 	for _, d := range p.Disks {
 		view.Disks = append(view.Disks, d.Device)
 	}
@@ -193,6 +209,11 @@ func (a *Agent) commitPreview(ctx context.Context, o *op.Op, v *vm) error {
 			return err
 		}
 		ctx = context.WithoutCancel(ctx)
+		if f := p.Former; f != nil && f.Memory != nil {
+			if err := o.Journal(ctx, entryForget, discard{f.Memory.Path}); err != nil {
+				return err
+			}
+		}
 		err := a.catalog.Update(ctx, func(tx *catalog.Tx) error {
 			if err := tx.DeletePreview(ctx, v.id); err != nil {
 				return err
@@ -205,6 +226,11 @@ func (a *Agent) commitPreview(ctx context.Context, o *op.Op, v *vm) error {
 		o.SetSnapshot(s.ID)
 		if err := errors.Join(a.reload(ctx, v), a.rewriteManifests(s)); err != nil {
 			o.Warn(op.Warning{Code: warnManifest, Message: err.Error()})
+		}
+		if f := p.Former; f != nil && f.Memory != nil {
+			if err := removeMemory(f.Memory.Path); err != nil {
+				o.Logger().Error("the memory of the state before the preview was not removed; vmsnap doctor finds it", "error", err)
+			}
 		}
 		return nil
 	})
@@ -224,18 +250,28 @@ func (a *Agent) UndoPreview(ctx context.Context, ref string, uid uint32) (op.Rec
 	return a.changes(ctx, spec, v, func(ctx context.Context, o *op.Op) error {
 		r := &restore{cut: &cut{Agent: a, o: o, vm: v}}
 		r.Undo, r.NoSafety = &undoState{Isolated: p.Isolated}, true
+		if f := p.Former; f != nil && f.Memory != nil {
+			r.Undo.Memory = f.Memory.Path
+		}
 		r.keepsAs("")
 		s := catalog.Snapshot{Name: "before-" + p.Snapshot, VMID: v.id, VMName: v.name()}
 		for _, d := range p.Disks {
 			s.Disks = append(s.Disks, catalog.SnapshotDisk{DiskID: d.DiskID, Device: d.Device, LayerID: d.Before, Size: d.Size})
 		}
-		return r.to(ctx, s, RestoreRequest{}, nil)
+		how, err := a.wayBack(ctx, v, p, &s)
+		if err != nil {
+			return err
+		}
+		return r.to(ctx, s, how, func(p *restorePlan) {
+			p.plan.Warnings = slices.DeleteFunc(p.plan.Warnings, func(w op.Warning) bool { return w.Code == warnExcluded })
+		})
 	})
 }
 
 // undoState is what the journal keeps of a restore that undoes a preview.
 type undoState struct {
-	Isolated bool // the links are to be up again
+	Isolated bool   // the links are to be up again
+	Memory   string `json:",omitempty"` // path of that of the state before
 }
 
 // fold merges the overlays of an undo, which hold what was written since the
@@ -299,7 +335,7 @@ func (r *restore) recordUndo(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return r.removeActive()
+	return errors.Join(r.removeActive(), r.discardBefore())
 }
 
 // undone is the layer that a disk writes to after an undo: the one that was

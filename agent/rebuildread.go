@@ -156,6 +156,9 @@ func (m manifest) check() error {
 
 func (m vmManifest) check() error {
 	if m.Preview != nil {
+		if f := m.Preview.Former; f != nil && f.Memory != nil && (!filepath.IsAbs(f.Memory.Path) || filepath.Clean(f.Memory.Path) != f.Memory.Path) {
+			return fmt.Errorf("the memory of the state before its preview is in %q", f.Memory.Path)
+		}
 		for _, d := range m.Preview.Disks {
 			if layerOf(m.Layers, d.Before).ID == "" || layerOf(m.Layers, d.Trial).ID == "" {
 				return fmt.Errorf("its preview has layers of disk %q that are not known", d.Device)

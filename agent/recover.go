@@ -161,6 +161,9 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 		return interrupted
 	case done != "":
 		o.SetSnapshot(done)
+		if rec.Kind == op.KindPreviewCommit {
+			return a.discardOf(entries)
+		}
 		if rec.Kind == op.KindSnapshot {
 			a.recoverEnded(ctx, o, v, rec, entries, done)
 		}

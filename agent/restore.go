@@ -60,7 +60,7 @@ func (r *restore) to(ctx context.Context, s catalog.Snapshot, req RestoreRequest
 		return err
 	}
 	switch {
-	case req.Memory:
+	case req.replaces():
 		err = r.withMemory(ctx, s, p)
 	case p.live:
 		err = r.live(ctx, p.subset)
@@ -409,7 +409,7 @@ func (r *restore) finish(ctx context.Context) error {
 			return err
 		}
 	}
-	if r.Undo != nil {
+	if r.Undo != nil && r.Memory == nil {
 		if err := r.o.Step(ctx, "merge", r.untilDone(r.fold)); err != nil {
 			return err
 		}

@@ -378,7 +378,7 @@ func (a *Agent) recoverRestore(ctx context.Context, o *op.Op, v *vm, rec op.Reco
 	}
 	if done, err := r.recorded(ctx); err != nil || done {
 		if err == nil && r.NoSafety {
-			err = r.removeActive()
+			err = errors.Join(r.removeActive(), r.discardBefore())
 		}
 		return err
 	}

@@ -27,7 +27,8 @@ const (
 // memoryRestore is what the journal keeps of a restore with memory.
 type memoryRestore struct {
 	Path   string      // of the memory file that is loaded
-	New    launch.Spec // of the QEMU that loads it
+	Anew   Anew        `json:",omitempty"` // instead of loading one
+	New    launch.Spec // of the QEMU that loads it, or boots
 	Runs   bool        // the guest is to run then
 	Frozen bool        // its file systems were frozen at the cut
 	Laid   bool        // the overlays have their names
@@ -61,7 +62,7 @@ func (r *restore) withMemory(ctx context.Context, s catalog.Snapshot, p *restore
 	}
 	r.o.Plan(r.stepsWithMemory())
 	err := r.o.Step(ctx, "verify", func(ctx context.Context) error {
-		if err := m.New.Probe(ctx); err != nil {
+		if err := m.New.Probe(ctx); err != nil || m.Path == "" {
 			return err
 		}
 		return verifySaved(ctx, s, func(done, total uint64) { r.o.Progress(done, total, "bytes") })
@@ -84,16 +85,7 @@ func (r *restore) withMemory(ctx context.Context, s catalog.Snapshot, p *restore
 	if err := r.layOffline(ctx); err != nil {
 		return err
 	}
-	if err := r.o.Step(ctx, "launch", func(ctx context.Context) (err error) {
-		if err := r.note(ctx, entryLaunch); err != nil {
-			return err
-		}
-		r.run, err = r.launched(ctx, m.New)
-		return err
-	}); err != nil {
-		return err
-	}
-	if err := r.o.Step(ctx, "load", func(ctx context.Context) error { return r.loadInto(ctx, r.run, m.Path) }); err != nil {
+	if err := r.startAnew(ctx); err != nil {
 		return err
 	}
 	if err := r.o.PointOfNoReturn(); err != nil {
@@ -107,11 +99,37 @@ func (r *restore) withMemory(ctx context.Context, s catalog.Snapshot, p *restore
 	return r.goOnRestored(whole)
 }
 
+// startAnew starts the QEMU of the restored state, and has it load its memory. Of
+// its guest nothing runs yet.
+func (r *restore) startAnew(ctx context.Context) error {
+	m := r.Memory
+	if m.Anew == AnewStays {
+		return nil
+	}
+	err := r.o.Step(ctx, "launch", func(ctx context.Context) (err error) {
+		if err := r.note(ctx, entryLaunch); err != nil {
+			return err
+		}
+		r.run, err = r.launched(ctx, m.New)
+		return err
+	})
+	if err != nil || m.Path == "" {
+		return err
+	}
+	return r.o.Step(ctx, "load", func(ctx context.Context) error { return r.loadInto(ctx, r.run, m.Path) })
+}
+
 // stepsWithMemory returns the number of steps that the restore will take.
 func (r *restore) stepsWithMemory() int {
 	n := 9 // preflight, verify, overlays, point, launch, load, resume, settle, commit
 	if r.Memory.Former != nil {
 		n += 2 // save, end
+	}
+	switch r.Memory.Anew {
+	case AnewBoots:
+		n-- // load
+	case AnewStays:
+		n -= 3 // launch, load, resume
 	}
 	return n
 }
@@ -245,7 +263,14 @@ func (r *restore) lockAndLay(ctx context.Context) error {
 		if err != nil {
 			return r.failure(d, err)
 		}
-		d.name(r.o.ID(), i)
+		if r.Undo != nil {
+			err = d.goesBack()
+		} else {
+			d.name(r.o.ID(), i)
+		}
+		if err != nil {
+			return r.failure(d, err)
+		}
 	}
 	if r.cutAt.IsZero() {
 		r.cutAt = time.Now()
@@ -253,6 +278,9 @@ func (r *restore) lockAndLay(ctx context.Context) error {
 	r.Memory.Laid = true
 	if err := r.note(ctx, entryLay); err != nil {
 		return err
+	}
+	if r.Undo != nil {
+		return r.uncoverFormer()
 	}
 	return r.makeStopped(ctx)
 }
@@ -297,6 +325,10 @@ func (r *restore) loadInto(ctx context.Context, run *run, path string) error {
 // catalog.
 func (r *restore) goOnRestored(ctx context.Context) error {
 	m := r.Memory
+	if m.Anew == AnewStays {
+		r.run, r.session = nil, nil
+		return r.finish(ctx)
+	}
 	err := r.o.Step(ctx, "resume", r.untilDone(func(ctx context.Context) error {
 		return errors.Join(r.resumeRestored(ctx), m.New.Clear(ctx))
 	}))
@@ -323,6 +355,9 @@ func (r *restore) resumeRestored(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := r.isolate(ctx, s); err != nil {
+		return err
+	}
 	if !m.Runs {
 		r.warn(warnPaused, "", "the VM is paused, as it was when the snapshot was taken")
 		return nil
@@ -331,6 +366,12 @@ func (r *restore) resumeRestored(ctx context.Context) error {
 		if err := s.Cont(ctx); err != nil {
 			return err
 		}
+	}
+	if m.Anew == AnewBoots {
+		return nil
+	}
+	if r.Preview != nil && r.Preview.Isolated {
+		return r.wakeGuest(ctx)
 	}
 	if err := announce(ctx, s); err != nil {
 		r.warn(warnNotAnnounced, "", "the network was not told where the guest is: "+err.Error())

@@ -49,10 +49,8 @@ func (r *restore) goBack(ctx context.Context) error {
 		if err := pointBack(r.disks); err != nil {
 			return err
 		}
-		for _, d := range r.disks {
-			if err := r.unbuild(ctx, d); err != nil {
-				return r.failure(d, err)
-			}
+		if err := r.unlay(ctx); err != nil {
+			return err
 		}
 	}
 	if m.Former == nil || r.stage == "" {
@@ -89,7 +87,7 @@ func (r *restore) endLaunched(ctx context.Context, spec launch.Spec) error {
 	r.vm.mu.Unlock()
 	var ours []*run
 	for _, run := range runs {
-		if waiting(run.proc.Args) && (r.Memory.Former == nil || run.proc.PID != r.Memory.Former.PID) {
+		if (waiting(run.proc.Args) || r.halted(ctx, run)) && (r.Memory.Former == nil || run.proc.PID != r.Memory.Former.PID) {
 			ours = append(ours, run)
 		}
 	}
@@ -262,7 +260,7 @@ func (r *restore) recoverMemoryRestore(ctx context.Context) error {
 	}
 	if done, err := r.recorded(ctx); err != nil || done {
 		if err == nil && r.NoSafety {
-			err = r.removeActive()
+			err = errors.Join(r.removeActive(), r.discardBefore())
 		}
 		return errors.Join(err, m.New.Clear(ctx))
 	}

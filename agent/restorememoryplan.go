@@ -32,20 +32,26 @@ type RestorePlanMemory struct {
 // planRestoreMemory looks at everything that a restore with memory depends on. The
 // disks are restored offline, whether the VM runs or not.
 func (a *Agent) planRestoreMemory(ctx context.Context, v *vm, s catalog.Snapshot, all []chosen, req RestoreRequest, p *restorePlan) error {
-	captured, err := wholeWithMemory(v, s, req)
+	captured, err := startsFrom(v, s, req)
 	if err != nil {
 		return err
 	}
 	if err := a.planRestoreStopped(ctx, v, all, p); err != nil {
 		return err
 	}
-	if err := p.launchesWhatItHad(v, captured); err != nil {
-		return err
+	p.load = &memoryRestore{Runs: !captured.Paused, Anew: req.Anew, Frozen: s.Quiesce.Frozen > 0}
+	p.restore.Memory = &RestorePlanMemory{Runs: p.load.Runs}
+	if req.Anew != AnewStays {
+		if err := p.launchesWhatItHad(v, captured); err != nil {
+			return err
+		}
 	}
-	p.load = &memoryRestore{Path: s.Memory.Path, Runs: !captured.Paused, Frozen: s.Quiesce.Frozen > 0}
-	p.restore.Memory = &RestorePlanMemory{Path: s.Memory.Path, Size: s.Memory.Size, Runs: p.load.Runs}
-	if err := inspectMemory(s); err != nil {
-		p.refuse(err)
+	if req.Memory {
+		p.load.Path = s.Memory.Path
+		p.restore.Memory.Path, p.restore.Memory.Size = s.Memory.Path, s.Memory.Size
+		if err := inspectMemory(s); err != nil {
+			p.refuse(err)
+		}
 	}
 	if p.live {
 		if err := a.planFormer(ctx, v, req, p); err != nil {
@@ -53,6 +59,17 @@ func (a *Agent) planRestoreMemory(ctx context.Context, v *vm, s catalog.Snapshot
 		}
 	}
 	return a.planLaunch(ctx, v, captured, req, p)
+}
+
+// startsFrom returns the configuration that QEMU is started with.
+func startsFrom(v *vm, s catalog.Snapshot, req RestoreRequest) (c configuration, err error) {
+	if req.Memory {
+		return wholeWithMemory(v, s, req)
+	}
+	if err := json.Unmarshal(s.Config, &c); err != nil {
+		return c, fault.New(fault.Failed, "the configuration of VM %s: %w", v.name(), err)
+	}
+	return c, nil
 }
 
 // wholeWithMemory returns the configuration of a snapshot whose memory and disks
@@ -160,7 +177,7 @@ func (a *Agent) planFormer(ctx context.Context, v *vm, req RestoreRequest, p *re
 	}
 	if ids := c.plugged(); len(ids) > 0 {
 		p.refuse(fault.New(fault.Unsupported, "VM %s: its present state could not come back with its memory: %s was plugged in after the start of QEMU, and is not in the launch command",
-			v.name(), strings.Join(ids, ", ")).WithHint("unplug it, or give the present state up: --no-safety-snapshot"))
+			v.name(), strings.Join(ids, ", ")).WithHint("unplug it, or give the present state up: %s", req.givesUp()))
 		return nil
 	}
 	facts, err := memdump.Probe(ctx, s, p.run.proc.PID)
@@ -168,7 +185,7 @@ func (a *Agent) planFormer(ctx context.Context, v *vm, req RestoreRequest, p *re
 		return fault.New(kindOf(err), "VM %s: %w", v.name(), err)
 	}
 	if _, err := memdump.Choose(facts, memdump.Stopped); err != nil {
-		p.refuse(memoryRefusal(v, err).WithHint("--no-safety-snapshot gives the present state up"))
+		p.refuse(memoryRefusal(v, err).WithHint("%s gives the present state up", req.givesUp()))
 		return nil
 	}
 	p.memory = &memory{
@@ -235,6 +252,9 @@ func (a *Agent) planLaunch(ctx context.Context, v *vm, captured configuration, r
 		return err
 	}
 	p.restore.Memory.Launcher = kind
+	if req.Anew == AnewStays {
+		captured = now // only for coming back
+	}
 	machine := captured.machine()
 	machine.Unit, machine.Slice = now.Unit, now.Slice // where the VM lives by now
 	p.order = launch.Order{Machine: machine, Launcher: kind, VM: v.name(), UUID: captured.UUID, LogDir: a.cfg.StateDir}
@@ -247,8 +267,13 @@ func (a *Agent) planLaunch(ctx context.Context, v *vm, captured configuration, r
 // operation.
 func (p *restorePlan) specify(operation string) (err error) {
 	p.order.Operation, p.back.Operation = operation, operation
-	if p.load.New, err = launch.New(p.order); err != nil {
-		return err
+	if p.load.Anew == AnewBoots {
+		p.order.Boots, p.order.Halted = true, true
+	}
+	if p.load.Anew != AnewStays {
+		if p.load.New, err = launch.New(p.order); err != nil {
+			return err
+		}
 	}
 	f := p.load.Former
 	if f == nil {

@@ -89,8 +89,8 @@ func (a *Agent) planRestore(ctx context.Context, v *vm, s catalog.Snapshot, req 
 	}
 	p := &restorePlan{preflight: preflight{live: r != nil, run: r}}
 	p.plan.VM = v.name()
-	p.restore = RestorePlan{VM: v.name(), Snapshot: s.Name, Live: p.live && !req.Memory}
-	if req.Memory {
+	p.restore = RestorePlan{VM: v.name(), Snapshot: s.Name, Live: p.live && !req.replaces()}
+	if req.replaces() {
 		err = a.planRestoreMemory(ctx, v, s, all, req, p)
 	} else if p.live {
 		err = a.planRestoreLive(ctx, v, all, p, register)

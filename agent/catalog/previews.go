@@ -15,7 +15,15 @@ type Preview struct {
 	Isolated  bool            `json:"isolated"`  // its network links are down
 	Offline   bool            `json:"offline"`   // the state before ended by a shutdown that was witnessed
 	Disks     []PreviewDisk   `json:"disks"`
-	Config    json.RawMessage `json:"config"` // the VM's configuration before
+	Config    json.RawMessage `json:"config"`           // the VM's configuration before
+	Former    *PreviewFormer  `json:"former,omitempty"` // when it was opened in another QEMU process than the state before
+}
+
+// PreviewFormer is the QEMU process that was ended to open a preview.
+type PreviewFormer struct {
+	Ran      bool         `json:"ran"`                // there was one
+	Memory   *SavedMemory `json:"memory,omitempty"`   // what its guest had, when it was saved
+	Launcher string       `json:"launcher,omitempty"` // that was asked for
 }
 
 // PreviewDisk is one disk that a preview has changed.

@@ -67,6 +67,7 @@ type Order struct {
 	VM, UUID  string
 	LogDir    string // where exec may put QEMU's messages
 	Boots     bool   // it boots instead of waiting for its memory
+	Halted    bool   // one that boots does so when it is told to (-S)
 }
 
 // New makes a specification.
@@ -74,6 +75,9 @@ func New(o Order) (Spec, error) {
 	args, err := o.Machine.Incoming()
 	if o.Boots {
 		args, err = o.Machine.Booting()
+	}
+	if o.Boots && o.Halted {
+		args = append(args, "-S")
 	}
 	if err != nil {
 		return Spec{}, fmt.Errorf("the launch command of VM %s: %w", o.VM, err)

@@ -6,16 +6,22 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 )
 
 func (s snapshotService) PreviewSnapshot(ctx context.Context, req *connect.Request[vmsnapv1.PreviewSnapshotRequest]) (*connect.Response[vmsnapv1.PreviewSnapshotResponse], error) {
 	msg := req.Msg
 	restore, err := restoreRequest(ctx, &vmsnapv1.RestoreSnapshotRequest{
-		Snapshot: msg.GetSnapshot(), Disks: msg.GetDisks(), Exclude: msg.GetExclude(), RequestId: msg.GetRequestId(),
+		Snapshot: msg.GetSnapshot(), Disks: msg.GetDisks(), Exclude: msg.GetExclude(), Memory: msg.GetMemory(), RequestId: msg.GetRequestId(),
 	})
 	if err != nil {
 		return nil, err
+	}
+	if l := msg.GetLauncher(); l != 0 {
+		if restore.Launcher = launcherOf(l); restore.Launcher == launch.Automatic {
+			return nil, usage("launcher %d is unknown", l)
+		}
 	}
 	record, err := s.backend.PreviewSnapshot(ctx, agent.PreviewRequest{
 		RestoreRequest: restore, Connected: msg.GetConnected(), DiscardRunning: msg.GetDiscardRunningState(),
@@ -70,6 +76,6 @@ func (s snapshotService) UndoPreview(ctx context.Context, req *connect.Request[v
 func previewProto(p agent.PreviewView) *vmsnapv1.Preview {
 	return &vmsnapv1.Preview{
 		Snapshot: text(p.Snapshot), OperationId: text(p.Operation), Opened: stamp(p.Opened), Isolated: p.Isolated,
-		Devices: each(p.Disks, text),
+		Devices: each(p.Disks, text), SavedMemory: p.Saved,
 	}
 }

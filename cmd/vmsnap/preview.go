@@ -14,7 +14,7 @@ import (
 func (a *app) snapshotPreview() *cobra.Command {
 	var req vmsnapv1.PreviewSnapshotRequest
 	var disks []string
-	network := "isolated"
+	network, launcher := "isolated", "auto"
 	cmd := &cobra.Command{
 		Use:   "preview VM/NAME",
 		Short: "Have a VM run a snapshot for trial",
@@ -23,15 +23,27 @@ vmsnap preview undo goes back to the state before. Until then the VM takes no
 other change.
 
 The network links of the VM are down meanwhile, as if their cables were pulled
-out; --network connected leaves them up. What a running guest has in memory is
-lost, which --discard-running-state agrees to: undo starts it from its disks.`,
+out; --network connected leaves them up.
+
+What a running guest has in memory is saved first, and undo has it go on from
+there, each in a new QEMU process. With --discard-running-state it is lost: the
+guest is reset in the process that it has, and undo starts it from its disks.
+
+With --memory the guest goes on from the snapshot's memory instead of booting,
+which is possible only with all disks. --launcher says who starts QEMU; otherwise
+it is the VM's own unit, systemd, or vmsnapd itself.`,
 		Example: `  vmsnap snapshot preview web/before-upgrade --discard-running-state
-  vmsnap snapshot preview web/monday --disk root --network connected`,
+  vmsnap snapshot preview web/working --memory
+  vmsnap snapshot preview web/monday --disk root --network connected --discard-running-state`,
 		Args:              takes("VM/NAME"),
 		ValidArgsFunction: a.completing(a.completeSnapshots),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if network != "isolated" && network != "connected" {
 				return usage(cmd, "--network %q is neither isolated nor connected", network)
+			}
+			known := false
+			if req.Launcher, known = launcherNamed(launcher); !known {
+				return usage(cmd, "--launcher %q is none of %s", launcher, strings.Join(launcherNames, ", "))
 			}
 			choices, err := diskChoices(cmd, disks)
 			if err != nil {
@@ -55,6 +67,9 @@ lost, which --discard-running-state agrees to: undo starts it from its disks.`,
 	flags.StringArrayVar(&req.Exclude, "exclude", nil, "leave this `disk` as it is; may be repeated")
 	flags.StringVar(&network, "network", network, "network links: isolated or connected")
 	flags.BoolVar(&req.DiscardRunningState, "discard-running-state", false, "what the running guest has in memory may be lost")
+	flags.BoolVar(&req.Memory, "memory", false, "the guest goes on from the snapshot's memory, in a new QEMU process")
+	flags.StringVar(&launcher, "launcher", launcher, "who starts QEMU: auto, unit, systemd, exec or external")
+	must(cmd.RegisterFlagCompletionFunc("launcher", cobra.FixedCompletions(launcherNames, cobra.ShellCompDirectiveNoFileComp)))
 	flags.StringVar(&req.RequestId, "request-id", "", "makes repeating the command safe, for 30 days")
 	noFiles(cmd, "request-id")
 	must(cmd.RegisterFlagCompletionFunc("network", cobra.FixedCompletions([]string{"isolated", "connected"}, cobra.ShellCompDirectiveNoFileComp)))
@@ -103,8 +118,12 @@ func (a *app) previewShow() *cobra.Command {
 				if p.GetIsolated() {
 					network = "isolated"
 				}
+				memory := "not saved"
+				if n := p.GetSavedMemory(); n != 0 {
+					memory = size(n) + " saved; undo loads it"
+				}
 				out.fields("VM", args[0], "Snapshot", p.GetSnapshot(), "Disks", strings.Join(p.GetDevices(), ", "),
-					"Network", network, "Opened", out.ago(p.GetOpened()))
+					"Network", network, "Memory before", memory, "Opened", out.ago(p.GetOpened()))
 				return nil
 			}})
 		},

@@ -366,10 +366,16 @@ type PreviewSnapshotRequest struct {
 	// Leave the network links up. Else the guest sees its cables pulled out.
 	Connected bool `protobuf:"varint,4,opt,name=connected,proto3" json:"connected,omitempty"`
 	// What the running guest has in memory may be lost: undo starts it from its
-	// disks. A running VM is refused without it.
+	// disks. Without it the memory is saved first, and undo loads it.
 	DiscardRunningState bool `protobuf:"varint,5,opt,name=discard_running_state,json=discardRunningState,proto3" json:"discard_running_state,omitempty"`
 	// Makes a repeated request return the first one's operation. Kept 30 days.
-	RequestId     string `protobuf:"bytes,6,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,6,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The guest goes on from the snapshot's memory, in a new QEMU process. Only with
+	// all disks of the snapshot.
+	Memory bool `protobuf:"varint,7,opt,name=memory,proto3" json:"memory,omitempty"`
+	// Who starts QEMU when memory is loaded or saved, here and for the undo.
+	// Unspecified: the agent's choice.
+	Launcher      Launcher `protobuf:"varint,8,opt,name=launcher,proto3,enum=vmsnap.v1.Launcher" json:"launcher,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -444,6 +450,20 @@ func (x *PreviewSnapshotRequest) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *PreviewSnapshotRequest) GetMemory() bool {
+	if x != nil {
+		return x.Memory
+	}
+	return false
+}
+
+func (x *PreviewSnapshotRequest) GetLauncher() Launcher {
+	if x != nil {
+		return x.Launcher
+	}
+	return Launcher_LAUNCHER_UNSPECIFIED
 }
 
 type PreviewSnapshotResponse struct {
@@ -589,7 +609,10 @@ type Preview struct {
 	// The network links are down.
 	Isolated bool `protobuf:"varint,4,opt,name=isolated,proto3" json:"isolated,omitempty"`
 	// The disks that it has changed.
-	Devices       []string `protobuf:"bytes,5,rep,name=devices,proto3" json:"devices,omitempty"`
+	Devices []string `protobuf:"bytes,5,rep,name=devices,proto3" json:"devices,omitempty"`
+	// Bytes of the memory of the state before, which undo loads. 0 when it was not
+	// saved.
+	SavedMemory   uint64 `protobuf:"varint,6,opt,name=saved_memory,json=savedMemory,proto3" json:"saved_memory,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -657,6 +680,13 @@ func (x *Preview) GetDevices() []string {
 		return x.Devices
 	}
 	return nil
+}
+
+func (x *Preview) GetSavedMemory() uint64 {
+	if x != nil {
+		return x.SavedMemory
+	}
+	return 0
 }
 
 type CommitPreviewRequest struct {
@@ -1214,7 +1244,7 @@ const file_vmsnap_v1_restores_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x04 \x01(\tR\trequestId\"J\n" +
 	"\x14RestoreGroupResponse\x122\n" +
-	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"\xec\x01\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"\xb5\x02\n" +
 	"\x16PreviewSnapshotRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12+\n" +
 	"\x05disks\x18\x02 \x03(\v2\x15.vmsnap.v1.DiskChoiceR\x05disks\x12\x18\n" +
@@ -1222,19 +1252,22 @@ const file_vmsnap_v1_restores_proto_rawDesc = "" +
 	"\tconnected\x18\x04 \x01(\bR\tconnected\x122\n" +
 	"\x15discard_running_state\x18\x05 \x01(\bR\x13discardRunningState\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x06 \x01(\tR\trequestId\"M\n" +
+	"request_id\x18\x06 \x01(\tR\trequestId\x12\x16\n" +
+	"\x06memory\x18\a \x01(\bR\x06memory\x12/\n" +
+	"\blauncher\x18\b \x01(\x0e2\x13.vmsnap.v1.LauncherR\blauncher\"M\n" +
 	"\x17PreviewSnapshotResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"#\n" +
 	"\x11GetPreviewRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\"B\n" +
 	"\x12GetPreviewResponse\x12,\n" +
-	"\apreview\x18\x01 \x01(\v2\x12.vmsnap.v1.PreviewR\apreview\"\xb2\x01\n" +
+	"\apreview\x18\x01 \x01(\v2\x12.vmsnap.v1.PreviewR\apreview\"\xd5\x01\n" +
 	"\aPreview\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12!\n" +
 	"\foperation_id\x18\x02 \x01(\tR\voperationId\x122\n" +
 	"\x06opened\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x06opened\x12\x1a\n" +
 	"\bisolated\x18\x04 \x01(\bR\bisolated\x12\x18\n" +
-	"\adevices\x18\x05 \x03(\tR\adevices\"&\n" +
+	"\adevices\x18\x05 \x03(\tR\adevices\x12!\n" +
+	"\fsaved_memory\x18\x06 \x01(\x04R\vsavedMemory\"&\n" +
 	"\x14CommitPreviewRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\"K\n" +
 	"\x15CommitPreviewResponse\x122\n" +
@@ -1318,23 +1351,24 @@ var file_vmsnap_v1_restores_proto_depIdxs = []int32{
 	0,  // 1: vmsnap.v1.RestoreSnapshotRequest.launcher:type_name -> vmsnap.v1.Launcher
 	19, // 2: vmsnap.v1.RestoreGroupResponse.operation:type_name -> vmsnap.v1.Operation
 	1,  // 3: vmsnap.v1.PreviewSnapshotRequest.disks:type_name -> vmsnap.v1.DiskChoice
-	19, // 4: vmsnap.v1.PreviewSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	9,  // 5: vmsnap.v1.GetPreviewResponse.preview:type_name -> vmsnap.v1.Preview
-	20, // 6: vmsnap.v1.Preview.opened:type_name -> google.protobuf.Timestamp
-	19, // 7: vmsnap.v1.CommitPreviewResponse.operation:type_name -> vmsnap.v1.Operation
-	19, // 8: vmsnap.v1.UndoPreviewResponse.operation:type_name -> vmsnap.v1.Operation
-	19, // 9: vmsnap.v1.RestoreSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	16, // 10: vmsnap.v1.PlanRestoreResponse.plan:type_name -> vmsnap.v1.RestorePlan
-	18, // 11: vmsnap.v1.RestorePlan.disks:type_name -> vmsnap.v1.RestorePlanDisk
-	21, // 12: vmsnap.v1.RestorePlan.warnings:type_name -> vmsnap.v1.Warning
-	22, // 13: vmsnap.v1.RestorePlan.blockers:type_name -> vmsnap.v1.Error
-	17, // 14: vmsnap.v1.RestorePlan.memory:type_name -> vmsnap.v1.RestorePlanMemory
-	0,  // 15: vmsnap.v1.RestorePlanMemory.launcher:type_name -> vmsnap.v1.Launcher
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	0,  // 4: vmsnap.v1.PreviewSnapshotRequest.launcher:type_name -> vmsnap.v1.Launcher
+	19, // 5: vmsnap.v1.PreviewSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	9,  // 6: vmsnap.v1.GetPreviewResponse.preview:type_name -> vmsnap.v1.Preview
+	20, // 7: vmsnap.v1.Preview.opened:type_name -> google.protobuf.Timestamp
+	19, // 8: vmsnap.v1.CommitPreviewResponse.operation:type_name -> vmsnap.v1.Operation
+	19, // 9: vmsnap.v1.UndoPreviewResponse.operation:type_name -> vmsnap.v1.Operation
+	19, // 10: vmsnap.v1.RestoreSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	16, // 11: vmsnap.v1.PlanRestoreResponse.plan:type_name -> vmsnap.v1.RestorePlan
+	18, // 12: vmsnap.v1.RestorePlan.disks:type_name -> vmsnap.v1.RestorePlanDisk
+	21, // 13: vmsnap.v1.RestorePlan.warnings:type_name -> vmsnap.v1.Warning
+	22, // 14: vmsnap.v1.RestorePlan.blockers:type_name -> vmsnap.v1.Error
+	17, // 15: vmsnap.v1.RestorePlan.memory:type_name -> vmsnap.v1.RestorePlanMemory
+	0,  // 16: vmsnap.v1.RestorePlanMemory.launcher:type_name -> vmsnap.v1.Launcher
+	17, // [17:17] is the sub-list for method output_type
+	17, // [17:17] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_restores_proto_init() }

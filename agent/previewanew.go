@@ -119,17 +119,17 @@ func (r *restore) unlay(ctx context.Context) error {
 }
 
 // halted reports whether a process is the one that was started for this restore,
-// and was not told to boot.
-func (r *restore) halted(ctx context.Context, run *run) bool {
+// and was not told to boot. One that has just been started cannot be asked yet.
+func (r *restore) halted(ctx context.Context, run *run) (bool, error) {
 	if r.Memory.Anew != AnewBoots || !slices.Equal(run.proc.Args, r.Memory.New.Command) {
-		return false
+		return false, nil
 	}
 	s, err := r.vm.monitorOf(run)
 	if err != nil {
-		return false
+		return false, err
 	}
 	st, err := s.QueryStatus(ctx)
-	return err == nil && st.Status == monitor.RunStatePrelaunch
+	return st.Status == monitor.RunStatePrelaunch, err
 }
 
 // isolate takes the network links down of a guest that goes on in an isolated

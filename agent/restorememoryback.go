@@ -87,7 +87,11 @@ func (r *restore) endLaunched(ctx context.Context, spec launch.Spec) error {
 	r.vm.mu.Unlock()
 	var ours []*run
 	for _, run := range runs {
-		if (waiting(run.proc.Args) || r.halted(ctx, run)) && (r.Memory.Former == nil || run.proc.PID != r.Memory.Former.PID) {
+		halted, err := r.halted(ctx, run)
+		if err != nil && discover.Same(run.proc.PID, run.proc.StartTime) {
+			return err
+		}
+		if (waiting(run.proc.Args) || halted) && (r.Memory.Former == nil || run.proc.PID != r.Memory.Former.PID) {
 			ours = append(ours, run)
 		}
 	}

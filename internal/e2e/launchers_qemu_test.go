@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"connectrpc.com/connect"
@@ -150,5 +151,34 @@ func TestQEMURestoreMemoryOfAStoppedVM(t *testing.T) {
 		h.launchesActive(vm, "in the end")
 		h.noOrphans(vm, "in the end")
 		vm.check("in the end")
+	})
+}
+
+// TestQEMULauncherExternalDies kills the daemon while it waits for somebody else
+// to start the QEMU of a restore: the one that comes back says what is to be
+// started for the state before.
+func TestQEMULauncherExternalDies(t *testing.T) {
+	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		vm, h := runningStill(t, q, "extdies")
+		b := &bench{host: h, vm: vm}
+		for _, started := range []bool{false, true} {
+			id := strings.TrimSpace(h.must("snapshot", "restore", vm.name+"/one", "--memory", "--launcher", "external", "--detach", "-o", "name"))
+			command := h.wanted(id, 1)
+			h.signal(syscall.SIGKILL)
+			if started {
+				h.startedAs(command)
+			}
+			h.start()
+			h.startedAs(h.wanted(id, 1)) // its steps are new
+			h.eventually(eventLimit, "the state before is back", h.idle)
+			if !h.followStill(vm, "the state before") || b.oneOf("the state before", 1, 2) != 2 {
+				t.Errorf("started %t: the guest of the state before does not run", started)
+			}
+			if n := len(processes(t, vm.uuid)); n != 1 {
+				t.Errorf("started %t: %d QEMU processes", started, n)
+			}
+			h.launchesActive(vm, "taken back")
+			h.noOrphans(vm, "taken back")
+		}
 	})
 }

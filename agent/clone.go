@@ -120,26 +120,33 @@ func (c *cloning) record() catalog.Clone {
 
 // makeClones makes disks, all or none. That linked ones depend on their layers is
 // recorded before they have their names.
-func makeClones(ctx context.Context, o *op.Op, all []*cloning, more ...*outFile) error {
-	files := more
+func makeClones(ctx context.Context, o *op.Op, all []*cloning) error {
+	files, record, err := makeEach(ctx, o, all)
+	if err != nil {
+		return err
+	}
+	return o.Step(ctx, "publish", func(ctx context.Context) error { return publishAll(ctx, o, files, record) })
+}
+
+// makeEach makes disks under their partial names, and returns their files with
+// what records them.
+func makeEach(ctx context.Context, o *op.Op, all []*cloning) (files []*outFile, record func(context.Context) error, err error) {
 	var records []catalog.Clone
 	o.Revert("forget the clones", func(ctx context.Context) error { return all[0].forgetClones(ctx, records) }) // once the files are removed
 	for _, c := range all {
 		if err := o.Step(ctx, "copy", c.make); err != nil {
-			return err
+			return nil, nil, err
 		}
 		if !c.linked {
 			if err := o.Step(ctx, "verify", c.verify); err != nil {
-				return err
+				return nil, nil, err
 			}
 		} else {
 			records = append(records, c.record())
 		}
 		files = append(files, c.out)
 	}
-	return o.Step(ctx, "publish", func(ctx context.Context) error {
-		return publishAll(ctx, o, files, func(ctx context.Context) error { return all[0].recordClones(ctx, o, records) })
-	})
+	return files, func(ctx context.Context) error { return all[0].recordClones(ctx, o, records) }, nil
 }
 
 // recordClones enters linked clones into the catalog.
@@ -182,7 +189,11 @@ func (a *Agent) forgetClones(ctx context.Context, clones []catalog.Clone) error 
 
 // recoverClone brings a clone to its end whose agent is gone: to all of its files
 // with their names and records, or to none.
-func (a *Agent) recoverClone(ctx context.Context, o *op.Op, entries []op.Entry) error {
+func (a *Agent) recoverClone(ctx context.Context, o *op.Op, rec op.Record, entries []op.Entry) error {
+	entries, err := a.recoverStart(ctx, o, entries)
+	if err != nil {
+		return err
+	}
 	var clones []catalog.Clone
 	announced := false
 	for _, e := range entries {
@@ -200,6 +211,7 @@ func (a *Agent) recoverClone(ctx context.Context, o *op.Op, entries []op.Entry) 
 	}
 	whole, err := a.recoverOut(o, entries)
 	if whole && err == nil {
+		a.tellNotStarted(o, rec)
 		return nil
 	}
 	if err == nil {

@@ -145,6 +145,15 @@ func (c *copying) failure(err error) error {
 // publishAll gives files, which are whole, their names, after what has to be
 // recorded of them was recorded. From here on they stay.
 func publishAll(ctx context.Context, o *op.Op, files []*outFile, record func(context.Context) error) error {
+	if err := nameAll(ctx, o, files, record); err != nil {
+		return err
+	}
+	o.DropReverts()
+	return nil
+}
+
+// nameAll does the same, and leaves the reverts.
+func nameAll(ctx context.Context, o *op.Op, files []*outFile, record func(context.Context) error) error {
 	if err := o.PointOfNoReturn(); err != nil {
 		return err
 	}
@@ -164,7 +173,6 @@ func publishAll(ctx context.Context, o *op.Op, files []*outFile, record func(con
 			return err
 		}
 	}
-	o.DropReverts()
 	return nil
 }
 

@@ -49,6 +49,7 @@ const (
 	warnMemoryLost         = "memory-lost"
 	warnAwaitsLauncher     = "awaits-external-launcher"
 	warnLauncher           = "launcher"
+	warnNotStarted         = "clone-not-started"
 	warnHook               = "hook-failed"
 	warnLeftBehind         = "left-behind"
 	warnAttached           = "attached-until-end"

@@ -179,7 +179,7 @@ func (a *Agent) recoverOne(ctx context.Context, o *op.Op, v *vm, rec op.Record) 
 	case op.KindDetach:
 		return a.recoverDetach(ctx, o, v, entries)
 	case op.KindClone:
-		return a.recoverClone(ctx, o, entries)
+		return a.recoverClone(ctx, o, rec, entries)
 	case op.KindDelete, op.KindUpkeep:
 		return a.recoverDelete(ctx, o, v, rec, entries)
 	case op.KindExport:

@@ -41,6 +41,7 @@ type Backend interface {
 	AttachDisk(ctx context.Context, req agent.AttachRequest) (op.Record, error)
 	DetachDisk(ctx context.Context, req agent.DetachRequest) (op.Record, error)
 	CloneDisk(ctx context.Context, req agent.CloneDiskRequest) (op.Record, error)
+	CloneVM(ctx context.Context, req agent.CloneVMRequest) (op.Record, error)
 	ForgetClone(ctx context.Context, path string) error
 	SetTemplate(ctx context.Context, ref string, template bool) (agent.SnapshotView, error)
 

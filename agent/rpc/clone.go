@@ -2,10 +2,12 @@ package rpc
 
 import (
 	"context"
+	"strings"
 
 	"connectrpc.com/connect"
 
 	"github.com/vmsnap/vmsnap/agent"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	vmsnapv1 "github.com/vmsnap/vmsnap/api/vmsnap/v1"
 )
 
@@ -82,6 +84,61 @@ func (s snapshotService) CloneDisk(ctx context.Context, req *connect.Request[vms
 		return nil, err
 	}
 	return connect.NewResponse(&vmsnapv1.CloneDiskResponse{Operation: operationProto(record)}), nil
+}
+
+func (s snapshotService) CloneVM(ctx context.Context, req *connect.Request[vmsnapv1.CloneVMRequest]) (*connect.Response[vmsnapv1.CloneVMResponse], error) {
+	msg := req.Msg
+	if err := checkCloneVM(msg); err != nil {
+		return nil, err
+	}
+	who, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	record, err := s.backend.CloneVM(ctx, agent.CloneVMRequest{
+		Snapshot: msg.GetSnapshot(), Name: msg.GetName(), Disks: msg.GetDisks(), Full: msg.GetFull(), Dir: msg.GetDir(),
+		Start: msg.GetStart(), Launcher: launcherOf(msg.GetLauncher()), Replace: msg.GetReplace(), Caller: who, RequestID: msg.GetRequestId(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&vmsnapv1.CloneVMResponse{Operation: operationProto(record)}), nil
+}
+
+// maxReplaced bounds how many resources of the host a request replaces.
+const maxReplaced = 256
+
+func checkCloneVM(msg *vmsnapv1.CloneVMRequest) error {
+	if l := msg.GetLauncher(); l != 0 {
+		if launcherOf(l) == launch.Automatic {
+			return usage("launcher %d is unknown", l)
+		}
+		if !msg.GetStart() {
+			return usage("a launcher is for a clone that is started")
+		}
+	}
+	if len(msg.GetReplace()) > maxReplaced {
+		return usage("replace has %d entries; at most %d are allowed", len(msg.GetReplace()), maxReplaced)
+	}
+	for old, now := range msg.GetReplace() {
+		err := first(
+			checkPath("an entry of replace: its key", old),
+			checkPath("an entry of replace: its value", now),
+		)
+		if err == nil && strings.ContainsRune(now, 0) {
+			err = usage("an entry of replace: its value holds a byte of zero")
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return first(
+		checkRef("snapshot", msg.GetSnapshot()),
+		checkRef("name", msg.GetName()),
+		checkList("disks", msg.GetDisks(), maxDisks, maxRef),
+		checkLength("dir", msg.GetDir(), maxPath),
+		checkLength("request_id", msg.GetRequestId(), maxRequestID),
+	)
 }
 
 func (s snapshotService) ForgetClone(ctx context.Context, req *connect.Request[vmsnapv1.ForgetCloneRequest]) (*connect.Response[vmsnapv1.ForgetCloneResponse], error) {

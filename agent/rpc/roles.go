@@ -81,6 +81,7 @@ var needed = map[string]Role{
 	// An export hands over what the guest has on its disk.
 	vmsnapv1connect.SnapshotServiceExportSnapshotProcedure: Admin,
 	vmsnapv1connect.SnapshotServiceCloneDiskProcedure:      Admin,
+	vmsnapv1connect.SnapshotServiceCloneVMProcedure:        Admin,
 	// Protections.
 	vmsnapv1connect.SnapshotServiceForgetCloneProcedure: Admin,
 	vmsnapv1connect.SnapshotServiceSetTemplateProcedure: Admin,

@@ -10,6 +10,7 @@ import (
 	"github.com/vmsnap/vmsnap/agent"
 	"github.com/vmsnap/vmsnap/agent/catalog"
 	"github.com/vmsnap/vmsnap/agent/fault"
+	"github.com/vmsnap/vmsnap/agent/launch"
 	"github.com/vmsnap/vmsnap/agent/op"
 	"github.com/vmsnap/vmsnap/agent/rpc/rpctest"
 )
@@ -160,6 +161,11 @@ func TestOutput(t *testing.T) {
 		"clone-disk":            {line: "snapshot clone web/before-upgrade /srv/a.qcow2 --disk root", setup: clones},
 		"clone-disk-full":       {line: "snapshot clone web/before-upgrade /srv/a.qcow2 --full", setup: clones},
 		"usage-clone-name":      {line: "snapshot clone web/before-upgrade a.qcow2"},
+		"usage-clone-file":      {line: "snapshot clone web/before-upgrade ./a.qcow2 --start"},
+		"usage-clone-launcher":  {line: "snapshot clone web/before-upgrade web2 --launcher exec"},
+		"clone-vm":              {line: "snapshot clone web/before-upgrade web2 --disk root --replace tap0=tap2", setup: clones},
+		"clone-vm-full":         {line: "snapshot clone web/before-upgrade web2 --full --start --launcher exec", setup: clones},
+		"help-clone":            {line: "snapshot clone --help"},
 		"delete":                {line: "snapshot delete web/nightly web/live", setup: deletes},
 		"delete-chosen":         {line: "snapshot delete web --older-than 30d --label team=infra --speed 100MiB -o json", setup: deletes},
 		"delete-plan":           {line: "snapshot delete web/nightly --dry-run", setup: deletes},
@@ -279,6 +285,12 @@ func exports(b *rpctest.Backend) {
 // clones has clones of disks succeed.
 func clones(b *rpctest.Backend) {
 	b.Script(rpctest.Script{CloneDisk: func(context.Context, agent.CloneDiskRequest) (op.Record, error) {
+		return b.PutOperation(done(op.KindClone)), nil
+	}, CloneVM: func(_ context.Context, req agent.CloneVMRequest) (op.Record, error) {
+		linked := len(req.Disks) == 1 && req.Replace["tap0"] == "tap2"
+		if req.Name != "web2" || req.RequestID == "" || !linked && !(req.Full && req.Start && req.Launcher == launch.Exec) {
+			return op.Record{}, fmt.Errorf("a clone of %+v", req)
+		}
 		return b.PutOperation(done(op.KindClone)), nil
 	}})
 }

@@ -28,6 +28,7 @@ type Script struct {
 	Attach      func(context.Context, agent.AttachRequest) (op.Record, error)
 	Detach      func(context.Context, agent.DetachRequest) (op.Record, error)
 	CloneDisk   func(context.Context, agent.CloneDiskRequest) (op.Record, error)
+	CloneVM     func(context.Context, agent.CloneVMRequest) (op.Record, error)
 	Freeze      func(context.Context, agent.FreezeRequest) (agent.FreezeView, error)
 	Thaw        func(context.Context, string) (agent.ThawResult, error)
 	Forget      func(context.Context, string, bool) ([]string, error)

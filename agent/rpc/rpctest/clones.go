@@ -24,6 +24,14 @@ func (b *Backend) CloneDisk(ctx context.Context, req agent.CloneDiskRequest) (op
 	return op.Record{}, fault.New(fault.Unsupported, "no script for cloning disks")
 }
 
+// CloneVM is an error unless it is scripted.
+func (b *Backend) CloneVM(ctx context.Context, req agent.CloneVMRequest) (op.Record, error) {
+	if f := b.scripted().CloneVM; f != nil {
+		return f(ctx, req)
+	}
+	return op.Record{}, fault.New(fault.Unsupported, "no script for cloning VMs")
+}
+
 // ForgetClone knows no clone.
 func (b *Backend) ForgetClone(_ context.Context, path string) error {
 	return fault.New(fault.NotFound, "no clone is known at %s", path)

@@ -334,6 +334,174 @@ func (x *CloneDiskResponse) GetOperation() *Operation {
 	return nil
 }
 
+type CloneVMRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// VM/NAME or id.
+	Snapshot string `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// Of the new VM: letters, digits, and the marks - _ .
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Disks of the snapshot that the clone has. All when empty; the clone does
+	// without the others.
+	Disks []string `protobuf:"bytes,3,rep,name=disks,proto3" json:"disks,omitempty"`
+	// Copy the data, so that the clone depends on nothing. Else its disks lie on
+	// the snapshot's layers, which cannot be deleted while they do.
+	Full bool `protobuf:"varint,4,opt,name=full,proto3" json:"full,omitempty"`
+	// Absolute path of the directory in which its files are made. Beside the disks
+	// of the origin when empty. See the path of ExportSnapshotRequest.
+	Dir string `protobuf:"bytes,5,opt,name=dir,proto3" json:"dir,omitempty"`
+	// Start it. Only for root and for the user whose the origin's QEMU is.
+	Start bool `protobuf:"varint,6,opt,name=start,proto3" json:"start,omitempty"`
+	// Who starts it. Chosen when unspecified. LAUNCHER_UNIT cannot: the unit is the
+	// origin's.
+	Launcher Launcher `protobuf:"varint,7,opt,name=launcher,proto3,enum=vmsnap.v1.Launcher" json:"launcher,omitempty"`
+	// What the clone has of the host in the place of what only one VM can have: tap
+	// devices, displays, ports. By what the launch command of the origin calls it.
+	Replace map[string]string `protobuf:"bytes,8,rep,name=replace,proto3" json:"replace,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Makes a repeated request return the first one's operation. Kept 30 days.
+	RequestId     string `protobuf:"bytes,9,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloneVMRequest) Reset() {
+	*x = CloneVMRequest{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloneVMRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloneVMRequest) ProtoMessage() {}
+
+func (x *CloneVMRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloneVMRequest.ProtoReflect.Descriptor instead.
+func (*CloneVMRequest) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *CloneVMRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *CloneVMRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CloneVMRequest) GetDisks() []string {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+func (x *CloneVMRequest) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+func (x *CloneVMRequest) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+func (x *CloneVMRequest) GetStart() bool {
+	if x != nil {
+		return x.Start
+	}
+	return false
+}
+
+func (x *CloneVMRequest) GetLauncher() Launcher {
+	if x != nil {
+		return x.Launcher
+	}
+	return Launcher_LAUNCHER_UNSPECIFIED
+}
+
+func (x *CloneVMRequest) GetReplace() map[string]string {
+	if x != nil {
+		return x.Replace
+	}
+	return nil
+}
+
+func (x *CloneVMRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type CloneVMResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The output of its step "define" is the definition of the clone, a JSON object
+	// with the command by which it is started; the same is in the file NAME.vm.json.
+	Operation     *Operation `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloneVMResponse) Reset() {
+	*x = CloneVMResponse{}
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloneVMResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloneVMResponse) ProtoMessage() {}
+
+func (x *CloneVMResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloneVMResponse.ProtoReflect.Descriptor instead.
+func (*CloneVMResponse) Descriptor() ([]byte, []int) {
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *CloneVMResponse) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
 type ForgetCloneRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Where the clone was made.
@@ -344,7 +512,7 @@ type ForgetCloneRequest struct {
 
 func (x *ForgetCloneRequest) Reset() {
 	*x = ForgetCloneRequest{}
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -356,7 +524,7 @@ func (x *ForgetCloneRequest) String() string {
 func (*ForgetCloneRequest) ProtoMessage() {}
 
 func (x *ForgetCloneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[4]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -369,7 +537,7 @@ func (x *ForgetCloneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetCloneRequest.ProtoReflect.Descriptor instead.
 func (*ForgetCloneRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{4}
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ForgetCloneRequest) GetPath() string {
@@ -387,7 +555,7 @@ type ForgetCloneResponse struct {
 
 func (x *ForgetCloneResponse) Reset() {
 	*x = ForgetCloneResponse{}
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -399,7 +567,7 @@ func (x *ForgetCloneResponse) String() string {
 func (*ForgetCloneResponse) ProtoMessage() {}
 
 func (x *ForgetCloneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[5]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -412,7 +580,7 @@ func (x *ForgetCloneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForgetCloneResponse.ProtoReflect.Descriptor instead.
 func (*ForgetCloneResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{5}
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{7}
 }
 
 type SetTemplateRequest struct {
@@ -426,7 +594,7 @@ type SetTemplateRequest struct {
 
 func (x *SetTemplateRequest) Reset() {
 	*x = SetTemplateRequest{}
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[6]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -438,7 +606,7 @@ func (x *SetTemplateRequest) String() string {
 func (*SetTemplateRequest) ProtoMessage() {}
 
 func (x *SetTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[6]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -451,7 +619,7 @@ func (x *SetTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTemplateRequest.ProtoReflect.Descriptor instead.
 func (*SetTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{6}
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SetTemplateRequest) GetSnapshot() string {
@@ -477,7 +645,7 @@ type SetTemplateResponse struct {
 
 func (x *SetTemplateResponse) Reset() {
 	*x = SetTemplateResponse{}
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -489,7 +657,7 @@ func (x *SetTemplateResponse) String() string {
 func (*SetTemplateResponse) ProtoMessage() {}
 
 func (x *SetTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[7]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -502,7 +670,7 @@ func (x *SetTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTemplateResponse.ProtoReflect.Descriptor instead.
 func (*SetTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{7}
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SetTemplateResponse) GetSnapshot() *Snapshot {
@@ -531,7 +699,7 @@ type AttachDiskRequest struct {
 
 func (x *AttachDiskRequest) Reset() {
 	*x = AttachDiskRequest{}
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -543,7 +711,7 @@ func (x *AttachDiskRequest) String() string {
 func (*AttachDiskRequest) ProtoMessage() {}
 
 func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[8]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -556,7 +724,7 @@ func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskRequest.ProtoReflect.Descriptor instead.
 func (*AttachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{8}
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AttachDiskRequest) GetVm() string {
@@ -610,7 +778,7 @@ type AttachDiskResponse struct {
 
 func (x *AttachDiskResponse) Reset() {
 	*x = AttachDiskResponse{}
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -622,7 +790,7 @@ func (x *AttachDiskResponse) String() string {
 func (*AttachDiskResponse) ProtoMessage() {}
 
 func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[9]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -635,7 +803,7 @@ func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskResponse.ProtoReflect.Descriptor instead.
 func (*AttachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{9}
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *AttachDiskResponse) GetOperation() *Operation {
@@ -657,7 +825,7 @@ type DetachDiskRequest struct {
 
 func (x *DetachDiskRequest) Reset() {
 	*x = DetachDiskRequest{}
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -669,7 +837,7 @@ func (x *DetachDiskRequest) String() string {
 func (*DetachDiskRequest) ProtoMessage() {}
 
 func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[10]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -682,7 +850,7 @@ func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskRequest.ProtoReflect.Descriptor instead.
 func (*DetachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{10}
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DetachDiskRequest) GetVm() string {
@@ -715,7 +883,7 @@ type DetachDiskResponse struct {
 
 func (x *DetachDiskResponse) Reset() {
 	*x = DetachDiskResponse{}
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -727,7 +895,7 @@ func (x *DetachDiskResponse) String() string {
 func (*DetachDiskResponse) ProtoMessage() {}
 
 func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vmsnap_v1_clones_proto_msgTypes[11]
+	mi := &file_vmsnap_v1_clones_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -740,7 +908,7 @@ func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskResponse.ProtoReflect.Descriptor instead.
 func (*DetachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{11}
+	return file_vmsnap_v1_clones_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DetachDiskResponse) GetOperation() *Operation {
@@ -754,7 +922,7 @@ var File_vmsnap_v1_clones_proto protoreflect.FileDescriptor
 
 const file_vmsnap_v1_clones_proto_rawDesc = "" +
 	"\n" +
-	"\x16vmsnap/v1/clones.proto\x12\tvmsnap.v1\x1a\x15vmsnap/v1/types.proto\"\xc6\x01\n" +
+	"\x16vmsnap/v1/clones.proto\x12\tvmsnap.v1\x1a\x18vmsnap/v1/restores.proto\x1a\x15vmsnap/v1/types.proto\"\xc6\x01\n" +
 	"\x15ExportSnapshotRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x12\n" +
 	"\x04disk\x18\x02 \x01(\tR\x04disk\x12.\n" +
@@ -773,6 +941,22 @@ const file_vmsnap_v1_clones_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x05 \x01(\tR\trequestId\"G\n" +
 	"\x11CloneDiskResponse\x122\n" +
+	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"\xe0\x02\n" +
+	"\x0eCloneVMRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
+	"\x05disks\x18\x03 \x03(\tR\x05disks\x12\x12\n" +
+	"\x04full\x18\x04 \x01(\bR\x04full\x12\x10\n" +
+	"\x03dir\x18\x05 \x01(\tR\x03dir\x12\x14\n" +
+	"\x05start\x18\x06 \x01(\bR\x05start\x12/\n" +
+	"\blauncher\x18\a \x01(\x0e2\x13.vmsnap.v1.LauncherR\blauncher\x12@\n" +
+	"\areplace\x18\b \x03(\v2&.vmsnap.v1.CloneVMRequest.ReplaceEntryR\areplace\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\t \x01(\tR\trequestId\x1a:\n" +
+	"\fReplaceEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"E\n" +
+	"\x0fCloneVMResponse\x122\n" +
 	"\toperation\x18\x01 \x01(\v2\x14.vmsnap.v1.OperationR\toperation\"(\n" +
 	"\x12ForgetCloneRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\"\x15\n" +
@@ -817,37 +1001,44 @@ func file_vmsnap_v1_clones_proto_rawDescGZIP() []byte {
 }
 
 var file_vmsnap_v1_clones_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vmsnap_v1_clones_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_vmsnap_v1_clones_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_vmsnap_v1_clones_proto_goTypes = []any{
 	(ImageFormat)(0),               // 0: vmsnap.v1.ImageFormat
 	(*ExportSnapshotRequest)(nil),  // 1: vmsnap.v1.ExportSnapshotRequest
 	(*ExportSnapshotResponse)(nil), // 2: vmsnap.v1.ExportSnapshotResponse
 	(*CloneDiskRequest)(nil),       // 3: vmsnap.v1.CloneDiskRequest
 	(*CloneDiskResponse)(nil),      // 4: vmsnap.v1.CloneDiskResponse
-	(*ForgetCloneRequest)(nil),     // 5: vmsnap.v1.ForgetCloneRequest
-	(*ForgetCloneResponse)(nil),    // 6: vmsnap.v1.ForgetCloneResponse
-	(*SetTemplateRequest)(nil),     // 7: vmsnap.v1.SetTemplateRequest
-	(*SetTemplateResponse)(nil),    // 8: vmsnap.v1.SetTemplateResponse
-	(*AttachDiskRequest)(nil),      // 9: vmsnap.v1.AttachDiskRequest
-	(*AttachDiskResponse)(nil),     // 10: vmsnap.v1.AttachDiskResponse
-	(*DetachDiskRequest)(nil),      // 11: vmsnap.v1.DetachDiskRequest
-	(*DetachDiskResponse)(nil),     // 12: vmsnap.v1.DetachDiskResponse
-	(*Operation)(nil),              // 13: vmsnap.v1.Operation
-	(*Snapshot)(nil),               // 14: vmsnap.v1.Snapshot
+	(*CloneVMRequest)(nil),         // 5: vmsnap.v1.CloneVMRequest
+	(*CloneVMResponse)(nil),        // 6: vmsnap.v1.CloneVMResponse
+	(*ForgetCloneRequest)(nil),     // 7: vmsnap.v1.ForgetCloneRequest
+	(*ForgetCloneResponse)(nil),    // 8: vmsnap.v1.ForgetCloneResponse
+	(*SetTemplateRequest)(nil),     // 9: vmsnap.v1.SetTemplateRequest
+	(*SetTemplateResponse)(nil),    // 10: vmsnap.v1.SetTemplateResponse
+	(*AttachDiskRequest)(nil),      // 11: vmsnap.v1.AttachDiskRequest
+	(*AttachDiskResponse)(nil),     // 12: vmsnap.v1.AttachDiskResponse
+	(*DetachDiskRequest)(nil),      // 13: vmsnap.v1.DetachDiskRequest
+	(*DetachDiskResponse)(nil),     // 14: vmsnap.v1.DetachDiskResponse
+	nil,                            // 15: vmsnap.v1.CloneVMRequest.ReplaceEntry
+	(*Operation)(nil),              // 16: vmsnap.v1.Operation
+	(Launcher)(0),                  // 17: vmsnap.v1.Launcher
+	(*Snapshot)(nil),               // 18: vmsnap.v1.Snapshot
 }
 var file_vmsnap_v1_clones_proto_depIdxs = []int32{
 	0,  // 0: vmsnap.v1.ExportSnapshotRequest.format:type_name -> vmsnap.v1.ImageFormat
-	13, // 1: vmsnap.v1.ExportSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
-	13, // 2: vmsnap.v1.CloneDiskResponse.operation:type_name -> vmsnap.v1.Operation
-	14, // 3: vmsnap.v1.SetTemplateResponse.snapshot:type_name -> vmsnap.v1.Snapshot
-	0,  // 4: vmsnap.v1.AttachDiskRequest.format:type_name -> vmsnap.v1.ImageFormat
-	13, // 5: vmsnap.v1.AttachDiskResponse.operation:type_name -> vmsnap.v1.Operation
-	13, // 6: vmsnap.v1.DetachDiskResponse.operation:type_name -> vmsnap.v1.Operation
-	7,  // [7:7] is the sub-list for method output_type
-	7,  // [7:7] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	16, // 1: vmsnap.v1.ExportSnapshotResponse.operation:type_name -> vmsnap.v1.Operation
+	16, // 2: vmsnap.v1.CloneDiskResponse.operation:type_name -> vmsnap.v1.Operation
+	17, // 3: vmsnap.v1.CloneVMRequest.launcher:type_name -> vmsnap.v1.Launcher
+	15, // 4: vmsnap.v1.CloneVMRequest.replace:type_name -> vmsnap.v1.CloneVMRequest.ReplaceEntry
+	16, // 5: vmsnap.v1.CloneVMResponse.operation:type_name -> vmsnap.v1.Operation
+	18, // 6: vmsnap.v1.SetTemplateResponse.snapshot:type_name -> vmsnap.v1.Snapshot
+	0,  // 7: vmsnap.v1.AttachDiskRequest.format:type_name -> vmsnap.v1.ImageFormat
+	16, // 8: vmsnap.v1.AttachDiskResponse.operation:type_name -> vmsnap.v1.Operation
+	16, // 9: vmsnap.v1.DetachDiskResponse.operation:type_name -> vmsnap.v1.Operation
+	10, // [10:10] is the sub-list for method output_type
+	10, // [10:10] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_vmsnap_v1_clones_proto_init() }
@@ -855,6 +1046,7 @@ func file_vmsnap_v1_clones_proto_init() {
 	if File_vmsnap_v1_clones_proto != nil {
 		return
 	}
+	file_vmsnap_v1_restores_proto_init()
 	file_vmsnap_v1_types_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -862,7 +1054,7 @@ func file_vmsnap_v1_clones_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vmsnap_v1_clones_proto_rawDesc), len(file_vmsnap_v1_clones_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

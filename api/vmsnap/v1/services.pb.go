@@ -3059,7 +3059,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"DiagnoseVM\x12\x1c.vmsnap.v1.DiagnoseVMRequest\x1a\x1d.vmsnap.v1.DiagnoseVMResponse\"\x03\x90\x02\x01\x12C\n" +
 	"\bRepairVM\x12\x1a.vmsnap.v1.RepairVMRequest\x1a\x1b.vmsnap.v1.RepairVMResponse\x12K\n" +
 	"\tCheckHost\x12\x1b.vmsnap.v1.CheckHostRequest\x1a\x1c.vmsnap.v1.CheckHostResponse\"\x03\x90\x02\x01\x12U\n" +
-	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xa0\r\n" +
+	"\x0eRebuildCatalog\x12 .vmsnap.v1.RebuildCatalogRequest\x1a!.vmsnap.v1.RebuildCatalogResponse2\xe2\r\n" +
 	"\x0fSnapshotService\x12U\n" +
 	"\x0eCreateSnapshot\x12 .vmsnap.v1.CreateSnapshotRequest\x1a!.vmsnap.v1.CreateSnapshotResponse\x12L\n" +
 	"\vCreateGroup\x12\x1d.vmsnap.v1.CreateGroupRequest\x1a\x1e.vmsnap.v1.CreateGroupResponse\x12O\n" +
@@ -3080,7 +3080,8 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\vUndoPreview\x12\x1d.vmsnap.v1.UndoPreviewRequest\x1a\x1e.vmsnap.v1.UndoPreviewResponse\x12U\n" +
 	"\vPlanRestore\x12!.vmsnap.v1.RestoreSnapshotRequest\x1a\x1e.vmsnap.v1.PlanRestoreResponse\"\x03\x90\x02\x01\x12U\n" +
 	"\x0eExportSnapshot\x12 .vmsnap.v1.ExportSnapshotRequest\x1a!.vmsnap.v1.ExportSnapshotResponse\x12F\n" +
-	"\tCloneDisk\x12\x1b.vmsnap.v1.CloneDiskRequest\x1a\x1c.vmsnap.v1.CloneDiskResponse\x12L\n" +
+	"\tCloneDisk\x12\x1b.vmsnap.v1.CloneDiskRequest\x1a\x1c.vmsnap.v1.CloneDiskResponse\x12@\n" +
+	"\aCloneVM\x12\x19.vmsnap.v1.CloneVMRequest\x1a\x1a.vmsnap.v1.CloneVMResponse\x12L\n" +
 	"\vForgetClone\x12\x1d.vmsnap.v1.ForgetCloneRequest\x1a\x1e.vmsnap.v1.ForgetCloneResponse\x12L\n" +
 	"\vSetTemplate\x12\x1d.vmsnap.v1.SetTemplateRequest\x1a\x1e.vmsnap.v1.SetTemplateResponse2\xa8\x04\n" +
 	"\x10OperationService\x12Z\n" +
@@ -3179,23 +3180,25 @@ var file_vmsnap_v1_services_proto_goTypes = []any{
 	(*UndoPreviewRequest)(nil),      // 70: vmsnap.v1.UndoPreviewRequest
 	(*ExportSnapshotRequest)(nil),   // 71: vmsnap.v1.ExportSnapshotRequest
 	(*CloneDiskRequest)(nil),        // 72: vmsnap.v1.CloneDiskRequest
-	(*ForgetCloneRequest)(nil),      // 73: vmsnap.v1.ForgetCloneRequest
-	(*SetTemplateRequest)(nil),      // 74: vmsnap.v1.SetTemplateRequest
-	(*AttachDiskResponse)(nil),      // 75: vmsnap.v1.AttachDiskResponse
-	(*DetachDiskResponse)(nil),      // 76: vmsnap.v1.DetachDiskResponse
-	(*RestoreGroupResponse)(nil),    // 77: vmsnap.v1.RestoreGroupResponse
-	(*DeleteSnapshotsResponse)(nil), // 78: vmsnap.v1.DeleteSnapshotsResponse
-	(*PlanDeleteResponse)(nil),      // 79: vmsnap.v1.PlanDeleteResponse
-	(*RestoreSnapshotResponse)(nil), // 80: vmsnap.v1.RestoreSnapshotResponse
-	(*PreviewSnapshotResponse)(nil), // 81: vmsnap.v1.PreviewSnapshotResponse
-	(*GetPreviewResponse)(nil),      // 82: vmsnap.v1.GetPreviewResponse
-	(*CommitPreviewResponse)(nil),   // 83: vmsnap.v1.CommitPreviewResponse
-	(*UndoPreviewResponse)(nil),     // 84: vmsnap.v1.UndoPreviewResponse
-	(*PlanRestoreResponse)(nil),     // 85: vmsnap.v1.PlanRestoreResponse
-	(*ExportSnapshotResponse)(nil),  // 86: vmsnap.v1.ExportSnapshotResponse
-	(*CloneDiskResponse)(nil),       // 87: vmsnap.v1.CloneDiskResponse
-	(*ForgetCloneResponse)(nil),     // 88: vmsnap.v1.ForgetCloneResponse
-	(*SetTemplateResponse)(nil),     // 89: vmsnap.v1.SetTemplateResponse
+	(*CloneVMRequest)(nil),          // 73: vmsnap.v1.CloneVMRequest
+	(*ForgetCloneRequest)(nil),      // 74: vmsnap.v1.ForgetCloneRequest
+	(*SetTemplateRequest)(nil),      // 75: vmsnap.v1.SetTemplateRequest
+	(*AttachDiskResponse)(nil),      // 76: vmsnap.v1.AttachDiskResponse
+	(*DetachDiskResponse)(nil),      // 77: vmsnap.v1.DetachDiskResponse
+	(*RestoreGroupResponse)(nil),    // 78: vmsnap.v1.RestoreGroupResponse
+	(*DeleteSnapshotsResponse)(nil), // 79: vmsnap.v1.DeleteSnapshotsResponse
+	(*PlanDeleteResponse)(nil),      // 80: vmsnap.v1.PlanDeleteResponse
+	(*RestoreSnapshotResponse)(nil), // 81: vmsnap.v1.RestoreSnapshotResponse
+	(*PreviewSnapshotResponse)(nil), // 82: vmsnap.v1.PreviewSnapshotResponse
+	(*GetPreviewResponse)(nil),      // 83: vmsnap.v1.GetPreviewResponse
+	(*CommitPreviewResponse)(nil),   // 84: vmsnap.v1.CommitPreviewResponse
+	(*UndoPreviewResponse)(nil),     // 85: vmsnap.v1.UndoPreviewResponse
+	(*PlanRestoreResponse)(nil),     // 86: vmsnap.v1.PlanRestoreResponse
+	(*ExportSnapshotResponse)(nil),  // 87: vmsnap.v1.ExportSnapshotResponse
+	(*CloneDiskResponse)(nil),       // 88: vmsnap.v1.CloneDiskResponse
+	(*CloneVMResponse)(nil),         // 89: vmsnap.v1.CloneVMResponse
+	(*ForgetCloneResponse)(nil),     // 90: vmsnap.v1.ForgetCloneResponse
+	(*SetTemplateResponse)(nil),     // 91: vmsnap.v1.SetTemplateResponse
 }
 var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	52, // 0: vmsnap.v1.ListVMsResponse.vms:type_name -> vmsnap.v1.VM
@@ -3270,53 +3273,55 @@ var file_vmsnap_v1_services_proto_depIdxs = []int32{
 	66, // 69: vmsnap.v1.SnapshotService.PlanRestore:input_type -> vmsnap.v1.RestoreSnapshotRequest
 	71, // 70: vmsnap.v1.SnapshotService.ExportSnapshot:input_type -> vmsnap.v1.ExportSnapshotRequest
 	72, // 71: vmsnap.v1.SnapshotService.CloneDisk:input_type -> vmsnap.v1.CloneDiskRequest
-	73, // 72: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
-	74, // 73: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
-	38, // 74: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
-	40, // 75: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
-	42, // 76: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
-	44, // 77: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
-	46, // 78: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
-	48, // 79: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
-	2,  // 80: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
-	4,  // 81: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
-	17, // 82: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
-	19, // 83: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
-	21, // 84: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
-	75, // 85: vmsnap.v1.VMService.AttachDisk:output_type -> vmsnap.v1.AttachDiskResponse
-	76, // 86: vmsnap.v1.VMService.DetachDisk:output_type -> vmsnap.v1.DetachDiskResponse
-	7,  // 87: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
-	12, // 88: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
-	10, // 89: vmsnap.v1.VMService.CheckHost:output_type -> vmsnap.v1.CheckHostResponse
-	14, // 90: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
-	23, // 91: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
-	25, // 92: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
-	77, // 93: vmsnap.v1.SnapshotService.RestoreGroup:output_type -> vmsnap.v1.RestoreGroupResponse
-	28, // 94: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
-	33, // 95: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
-	35, // 96: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
-	37, // 97: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
-	27, // 98: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
-	78, // 99: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
-	79, // 100: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
-	80, // 101: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
-	81, // 102: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
-	82, // 103: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
-	83, // 104: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
-	84, // 105: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
-	85, // 106: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
-	86, // 107: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
-	87, // 108: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
-	88, // 109: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
-	89, // 110: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
-	39, // 111: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
-	41, // 112: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
-	43, // 113: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
-	45, // 114: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
-	47, // 115: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
-	49, // 116: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
-	80, // [80:117] is the sub-list for method output_type
-	43, // [43:80] is the sub-list for method input_type
+	73, // 72: vmsnap.v1.SnapshotService.CloneVM:input_type -> vmsnap.v1.CloneVMRequest
+	74, // 73: vmsnap.v1.SnapshotService.ForgetClone:input_type -> vmsnap.v1.ForgetCloneRequest
+	75, // 74: vmsnap.v1.SnapshotService.SetTemplate:input_type -> vmsnap.v1.SetTemplateRequest
+	38, // 75: vmsnap.v1.OperationService.ListOperations:input_type -> vmsnap.v1.ListOperationsRequest
+	40, // 76: vmsnap.v1.OperationService.GetOperation:input_type -> vmsnap.v1.GetOperationRequest
+	42, // 77: vmsnap.v1.OperationService.WatchOperation:input_type -> vmsnap.v1.WatchOperationRequest
+	44, // 78: vmsnap.v1.OperationService.CancelOperation:input_type -> vmsnap.v1.CancelOperationRequest
+	46, // 79: vmsnap.v1.OperationService.PauseOperation:input_type -> vmsnap.v1.PauseOperationRequest
+	48, // 80: vmsnap.v1.OperationService.ResumeOperation:input_type -> vmsnap.v1.ResumeOperationRequest
+	2,  // 81: vmsnap.v1.VMService.ListVMs:output_type -> vmsnap.v1.ListVMsResponse
+	4,  // 82: vmsnap.v1.VMService.GetVM:output_type -> vmsnap.v1.GetVMResponse
+	17, // 83: vmsnap.v1.VMService.ForgetVM:output_type -> vmsnap.v1.ForgetVMResponse
+	19, // 84: vmsnap.v1.VMService.FreezeVM:output_type -> vmsnap.v1.FreezeVMResponse
+	21, // 85: vmsnap.v1.VMService.ThawVM:output_type -> vmsnap.v1.ThawVMResponse
+	76, // 86: vmsnap.v1.VMService.AttachDisk:output_type -> vmsnap.v1.AttachDiskResponse
+	77, // 87: vmsnap.v1.VMService.DetachDisk:output_type -> vmsnap.v1.DetachDiskResponse
+	7,  // 88: vmsnap.v1.VMService.DiagnoseVM:output_type -> vmsnap.v1.DiagnoseVMResponse
+	12, // 89: vmsnap.v1.VMService.RepairVM:output_type -> vmsnap.v1.RepairVMResponse
+	10, // 90: vmsnap.v1.VMService.CheckHost:output_type -> vmsnap.v1.CheckHostResponse
+	14, // 91: vmsnap.v1.VMService.RebuildCatalog:output_type -> vmsnap.v1.RebuildCatalogResponse
+	23, // 92: vmsnap.v1.SnapshotService.CreateSnapshot:output_type -> vmsnap.v1.CreateSnapshotResponse
+	25, // 93: vmsnap.v1.SnapshotService.CreateGroup:output_type -> vmsnap.v1.CreateGroupResponse
+	78, // 94: vmsnap.v1.SnapshotService.RestoreGroup:output_type -> vmsnap.v1.RestoreGroupResponse
+	28, // 95: vmsnap.v1.SnapshotService.PlanSnapshot:output_type -> vmsnap.v1.PlanSnapshotResponse
+	33, // 96: vmsnap.v1.SnapshotService.ListSnapshots:output_type -> vmsnap.v1.ListSnapshotsResponse
+	35, // 97: vmsnap.v1.SnapshotService.GetSnapshot:output_type -> vmsnap.v1.GetSnapshotResponse
+	37, // 98: vmsnap.v1.SnapshotService.RenameSnapshot:output_type -> vmsnap.v1.RenameSnapshotResponse
+	27, // 99: vmsnap.v1.SnapshotService.VerifySnapshot:output_type -> vmsnap.v1.VerifySnapshotResponse
+	79, // 100: vmsnap.v1.SnapshotService.DeleteSnapshots:output_type -> vmsnap.v1.DeleteSnapshotsResponse
+	80, // 101: vmsnap.v1.SnapshotService.PlanDelete:output_type -> vmsnap.v1.PlanDeleteResponse
+	81, // 102: vmsnap.v1.SnapshotService.RestoreSnapshot:output_type -> vmsnap.v1.RestoreSnapshotResponse
+	82, // 103: vmsnap.v1.SnapshotService.PreviewSnapshot:output_type -> vmsnap.v1.PreviewSnapshotResponse
+	83, // 104: vmsnap.v1.SnapshotService.GetPreview:output_type -> vmsnap.v1.GetPreviewResponse
+	84, // 105: vmsnap.v1.SnapshotService.CommitPreview:output_type -> vmsnap.v1.CommitPreviewResponse
+	85, // 106: vmsnap.v1.SnapshotService.UndoPreview:output_type -> vmsnap.v1.UndoPreviewResponse
+	86, // 107: vmsnap.v1.SnapshotService.PlanRestore:output_type -> vmsnap.v1.PlanRestoreResponse
+	87, // 108: vmsnap.v1.SnapshotService.ExportSnapshot:output_type -> vmsnap.v1.ExportSnapshotResponse
+	88, // 109: vmsnap.v1.SnapshotService.CloneDisk:output_type -> vmsnap.v1.CloneDiskResponse
+	89, // 110: vmsnap.v1.SnapshotService.CloneVM:output_type -> vmsnap.v1.CloneVMResponse
+	90, // 111: vmsnap.v1.SnapshotService.ForgetClone:output_type -> vmsnap.v1.ForgetCloneResponse
+	91, // 112: vmsnap.v1.SnapshotService.SetTemplate:output_type -> vmsnap.v1.SetTemplateResponse
+	39, // 113: vmsnap.v1.OperationService.ListOperations:output_type -> vmsnap.v1.ListOperationsResponse
+	41, // 114: vmsnap.v1.OperationService.GetOperation:output_type -> vmsnap.v1.GetOperationResponse
+	43, // 115: vmsnap.v1.OperationService.WatchOperation:output_type -> vmsnap.v1.WatchOperationResponse
+	45, // 116: vmsnap.v1.OperationService.CancelOperation:output_type -> vmsnap.v1.CancelOperationResponse
+	47, // 117: vmsnap.v1.OperationService.PauseOperation:output_type -> vmsnap.v1.PauseOperationResponse
+	49, // 118: vmsnap.v1.OperationService.ResumeOperation:output_type -> vmsnap.v1.ResumeOperationResponse
+	81, // [81:119] is the sub-list for method output_type
+	43, // [43:81] is the sub-list for method input_type
 	43, // [43:43] is the sub-list for extension type_name
 	43, // [43:43] is the sub-list for extension extendee
 	0,  // [0:43] is the sub-list for field type_name

@@ -114,6 +114,8 @@ const (
 	// SnapshotServiceCloneDiskProcedure is the fully-qualified name of the SnapshotService's CloneDisk
 	// RPC.
 	SnapshotServiceCloneDiskProcedure = "/vmsnap.v1.SnapshotService/CloneDisk"
+	// SnapshotServiceCloneVMProcedure is the fully-qualified name of the SnapshotService's CloneVM RPC.
+	SnapshotServiceCloneVMProcedure = "/vmsnap.v1.SnapshotService/CloneVM"
 	// SnapshotServiceForgetCloneProcedure is the fully-qualified name of the SnapshotService's
 	// ForgetClone RPC.
 	SnapshotServiceForgetCloneProcedure = "/vmsnap.v1.SnapshotService/ForgetClone"
@@ -545,6 +547,8 @@ type SnapshotServiceClient interface {
 	ExportSnapshot(context.Context, *connect.Request[v1.ExportSnapshotRequest]) (*connect.Response[v1.ExportSnapshotResponse], error)
 	// CloneDisk starts an operation that makes a disk from one of the snapshot's.
 	CloneDisk(context.Context, *connect.Request[v1.CloneDiskRequest]) (*connect.Response[v1.CloneDiskResponse], error)
+	// CloneVM starts an operation that makes a VM from a snapshot.
+	CloneVM(context.Context, *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.CloneVMResponse], error)
 	// ForgetClone removes the record of a linked clone that is gone.
 	ForgetClone(context.Context, *connect.Request[v1.ForgetCloneRequest]) (*connect.Response[v1.ForgetCloneResponse], error)
 	// SetTemplate says whether a snapshot is a template, which is not deleted.
@@ -676,6 +680,12 @@ func NewSnapshotServiceClient(httpClient connect.HTTPClient, baseURL string, opt
 			connect.WithSchema(snapshotServiceMethods.ByName("CloneDisk")),
 			connect.WithClientOptions(opts...),
 		),
+		cloneVM: connect.NewClient[v1.CloneVMRequest, v1.CloneVMResponse](
+			httpClient,
+			baseURL+SnapshotServiceCloneVMProcedure,
+			connect.WithSchema(snapshotServiceMethods.ByName("CloneVM")),
+			connect.WithClientOptions(opts...),
+		),
 		forgetClone: connect.NewClient[v1.ForgetCloneRequest, v1.ForgetCloneResponse](
 			httpClient,
 			baseURL+SnapshotServiceForgetCloneProcedure,
@@ -711,6 +721,7 @@ type snapshotServiceClient struct {
 	planRestore     *connect.Client[v1.RestoreSnapshotRequest, v1.PlanRestoreResponse]
 	exportSnapshot  *connect.Client[v1.ExportSnapshotRequest, v1.ExportSnapshotResponse]
 	cloneDisk       *connect.Client[v1.CloneDiskRequest, v1.CloneDiskResponse]
+	cloneVM         *connect.Client[v1.CloneVMRequest, v1.CloneVMResponse]
 	forgetClone     *connect.Client[v1.ForgetCloneRequest, v1.ForgetCloneResponse]
 	setTemplate     *connect.Client[v1.SetTemplateRequest, v1.SetTemplateResponse]
 }
@@ -805,6 +816,11 @@ func (c *snapshotServiceClient) CloneDisk(ctx context.Context, req *connect.Requ
 	return c.cloneDisk.CallUnary(ctx, req)
 }
 
+// CloneVM calls vmsnap.v1.SnapshotService.CloneVM.
+func (c *snapshotServiceClient) CloneVM(ctx context.Context, req *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.CloneVMResponse], error) {
+	return c.cloneVM.CallUnary(ctx, req)
+}
+
 // ForgetClone calls vmsnap.v1.SnapshotService.ForgetClone.
 func (c *snapshotServiceClient) ForgetClone(ctx context.Context, req *connect.Request[v1.ForgetCloneRequest]) (*connect.Response[v1.ForgetCloneResponse], error) {
 	return c.forgetClone.CallUnary(ctx, req)
@@ -856,6 +872,8 @@ type SnapshotServiceHandler interface {
 	ExportSnapshot(context.Context, *connect.Request[v1.ExportSnapshotRequest]) (*connect.Response[v1.ExportSnapshotResponse], error)
 	// CloneDisk starts an operation that makes a disk from one of the snapshot's.
 	CloneDisk(context.Context, *connect.Request[v1.CloneDiskRequest]) (*connect.Response[v1.CloneDiskResponse], error)
+	// CloneVM starts an operation that makes a VM from a snapshot.
+	CloneVM(context.Context, *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.CloneVMResponse], error)
 	// ForgetClone removes the record of a linked clone that is gone.
 	ForgetClone(context.Context, *connect.Request[v1.ForgetCloneRequest]) (*connect.Response[v1.ForgetCloneResponse], error)
 	// SetTemplate says whether a snapshot is a template, which is not deleted.
@@ -983,6 +1001,12 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 		connect.WithSchema(snapshotServiceMethods.ByName("CloneDisk")),
 		connect.WithHandlerOptions(opts...),
 	)
+	snapshotServiceCloneVMHandler := connect.NewUnaryHandler(
+		SnapshotServiceCloneVMProcedure,
+		svc.CloneVM,
+		connect.WithSchema(snapshotServiceMethods.ByName("CloneVM")),
+		connect.WithHandlerOptions(opts...),
+	)
 	snapshotServiceForgetCloneHandler := connect.NewUnaryHandler(
 		SnapshotServiceForgetCloneProcedure,
 		svc.ForgetClone,
@@ -1033,6 +1057,8 @@ func NewSnapshotServiceHandler(svc SnapshotServiceHandler, opts ...connect.Handl
 			snapshotServiceExportSnapshotHandler.ServeHTTP(w, r)
 		case SnapshotServiceCloneDiskProcedure:
 			snapshotServiceCloneDiskHandler.ServeHTTP(w, r)
+		case SnapshotServiceCloneVMProcedure:
+			snapshotServiceCloneVMHandler.ServeHTTP(w, r)
 		case SnapshotServiceForgetCloneProcedure:
 			snapshotServiceForgetCloneHandler.ServeHTTP(w, r)
 		case SnapshotServiceSetTemplateProcedure:
@@ -1116,6 +1142,10 @@ func (UnimplementedSnapshotServiceHandler) ExportSnapshot(context.Context, *conn
 
 func (UnimplementedSnapshotServiceHandler) CloneDisk(context.Context, *connect.Request[v1.CloneDiskRequest]) (*connect.Response[v1.CloneDiskResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.CloneDisk is not implemented"))
+}
+
+func (UnimplementedSnapshotServiceHandler) CloneVM(context.Context, *connect.Request[v1.CloneVMRequest]) (*connect.Response[v1.CloneVMResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("vmsnap.v1.SnapshotService.CloneVM is not implemented"))
 }
 
 func (UnimplementedSnapshotServiceHandler) ForgetClone(context.Context, *connect.Request[v1.ForgetCloneRequest]) (*connect.Response[v1.ForgetCloneResponse], error) {

@@ -113,12 +113,35 @@ func (a *Agent) endClone(ctx context.Context, spec launch.Spec, l *launch.Launch
 	if spec.Launcher == launch.Systemd {
 		errs = append(errs, spec.Stop(ctx, func() error { return nil }))
 	}
-	if v, err := a.find(spec.UUID); err == nil {
-		for _, p := range v.processes() {
-			errs = append(errs, kill(p.PID, p.StartTime))
+	errs = append(errs, a.endVM(ctx, spec.UUID))
+	return errors.Join(append(errs, spec.Clear(ctx))...)
+}
+
+// endVM kills the QEMU processes of a VM, if it was seen at all, and forgets it.
+func (a *Agent) endVM(ctx context.Context, uuid string) error {
+	v, err := a.find(uuid)
+	if err != nil {
+		return nil //nolint:nilerr // it has not come so far
+	}
+	ctx, stop := context.WithTimeoutCause(ctx, endWithin, fault.New(fault.Unresponsive, "VM %s: its QEMU does not end", v.name()))
+	defer stop()
+	for {
+		left := v.processes()
+		if len(left) == 0 {
+			_, err := a.Forget(ctx, v.id, true)
+			return err
+		}
+		for _, p := range left {
+			if err := kill(p.PID, p.StartTime); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(launchPoll): // the agent takes note of its end
 		}
 	}
-	return errors.Join(append(errs, spec.Clear(ctx))...)
 }
 
 // processes returns the QEMU processes of a VM.

@@ -3,9 +3,7 @@ package e2e
 import (
 	"crypto/sha256"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -171,10 +169,14 @@ func (h *host) cloneEnds(own *monitor.Session, vm *still, name string, def defin
 	_ = own.Close()
 	h.await(name, "stopped")
 	h.must("vm", "forget", name, "--release")
-	for _, disk := range def.Disks {
-		if err := os.Remove(disk); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			h.t.Fatal(err)
+	for _, file := range everything(h.t, vm.dir) {
+		if strings.HasPrefix(file, name) {
+			if err := os.Remove(vm.dir + "/" + file); err != nil {
+				h.t.Fatal(err)
+			}
 		}
+	}
+	for _, disk := range def.Disks {
 		h.must("disk", "forget", disk)
 	}
 }

@@ -158,13 +158,13 @@ func nameAll(ctx context.Context, o *op.Op, files []*outFile, record func(contex
 		return err
 	}
 	ctx = context.WithoutCancel(ctx)
-	for _, f := range files {
-		if err := o.Journal(ctx, entryComplete, f); err != nil {
+	if record != nil { // before recovery would give the files their names
+		if err := record(ctx); err != nil {
 			return err
 		}
 	}
-	if record != nil {
-		if err := record(ctx); err != nil {
+	for _, f := range files {
+		if err := o.Journal(ctx, entryComplete, f); err != nil {
 			return err
 		}
 	}

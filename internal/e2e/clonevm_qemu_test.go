@@ -189,7 +189,7 @@ func TestQEMUCloneVMDies(t *testing.T) {
 		left := everything(t, vm.dir)
 		golden := vm.name + "/golden"
 		round := func(p killPoint, round int) bool {
-			name := fmt.Sprintf("c%d", round)
+			name := fmt.Sprintf("clone%d", round)
 			tracer := h.killAt(p)
 			h.run("snapshot", "clone", golden, name, "--detach")
 			killed := h.diedOr(tracer, h.idle)

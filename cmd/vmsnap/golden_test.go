@@ -288,7 +288,8 @@ func clones(b *rpctest.Backend) {
 		return b.PutOperation(done(op.KindClone)), nil
 	}, CloneVM: func(_ context.Context, req agent.CloneVMRequest) (op.Record, error) {
 		linked := len(req.Disks) == 1 && req.Replace["tap0"] == "tap2"
-		if req.Name != "web2" || req.RequestID == "" || !linked && !(req.Full && req.Start && req.Launcher == launch.Exec) {
+		full := req.Full && req.Start && req.Launcher == launch.Exec
+		if req.Name != "web2" || req.RequestID == "" || !linked && !full {
 			return op.Record{}, fmt.Errorf("a clone of %+v", req)
 		}
 		return b.PutOperation(done(op.KindClone)), nil

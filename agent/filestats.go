@@ -72,6 +72,14 @@ func (s *fileStats) look(ctx context.Context, paths []string) map[string]fileSta
 	}
 }
 
+// seen returns what the latest look has found at a path.
+func (s *fileStats) seen(path string) (fileStat, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f, ok := s.known[path]
+	return f, ok
+}
+
 func (s *fileStats) lookAt(paths []string, done chan struct{}) {
 	stat := s.stat
 	if stat == nil {

@@ -59,7 +59,32 @@ func (a *Agent) VM(ctx context.Context, ref string) (VMView, error) {
 	a.space(ctx, v)
 	ctx, cancel := context.WithTimeout(ctx, statPatience)
 	defer cancel()
-	return a.views(ctx, v)[0], nil
+	view := a.views(ctx, v)[0]
+	return view, a.nameOrigins(ctx, v, view.Disks)
+}
+
+// nameOrigins adds to layers that are another VM's whose they are. Whatever lies
+// on them is a linked clone.
+func (a *Agent) nameOrigins(ctx context.Context, v *vm, disks []DiskView) error {
+	for _, d := range disks {
+		for i, l := range d.Layers {
+			f, ok := v.stats.seen(l.Path)
+			if i == 0 || !ok {
+				continue
+			}
+			owner, err := a.catalog.OwnerOfFile(ctx, f.file.Dev, f.file.Ino)
+			if fault.Of(err) == fault.NotFound {
+				continue // nobody's, or a base that many share
+			}
+			if err != nil {
+				return err
+			}
+			if origin, err := a.find(owner); err == nil && origin != v {
+				d.Layers[i].VM = origin.name()
+			}
+		}
+	}
+	return nil
 }
 
 // views returns what is known of a VM: once for each process that claims its

@@ -84,6 +84,7 @@ type LayerView struct {
 	ID, Path, Format       string
 	VirtualSize, Allocated uint64
 	Foreign, Immutable     bool
+	VM                     string // another VM whose layer it is: the disk is a linked clone
 }
 
 // Problem is something wrong with a VM, and what to do about it.

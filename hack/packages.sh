@@ -34,6 +34,12 @@ gzip -9n "$STAGE"/man?/*
 for shell in bash zsh fish; do
     "$STAGE/bin/vmsnap" completion "$shell" >"$STAGE/vmsnap.$shell"
 done
+# What each program is made of, as it says itself.
+for program in vmsnap vmsnapd; do
+    GOFLAGS=-trimpath go tool -modfile=tools/go.mod cyclonedx-gomod bin -json -std -noserial -notimestamp \
+        -version "v$VERSION" -output "$STAGE/$program.cdx.json" "$STAGE/bin/$program" 2>"$STAGE/sbom.log" ||
+        { cat "$STAGE/sbom.log" >&2; exit 1; }
+done
 for packager in deb rpm; do
     go tool -modfile=tools/go.mod nfpm package --config packaging/nfpm.yaml --packager "$packager" --target "$out/"
 done

@@ -95,6 +95,18 @@ func (r reader) LayersOfFile(ctx context.Context, dev, ino uint64) ([]Layer, err
 	return query(ctx, r, scanLayer, selectLayer+" WHERE l.ino = ? AND l.dev = ? ORDER BY l.created, l.id", int64(ino), int64(dev))
 }
 
+// OwnerOfFile returns the id of the VM that has a file as a layer which is not
+// foreign, or fault.NotFound.
+func (r reader) OwnerOfFile(ctx context.Context, dev, ino uint64) (string, error) {
+	vm, ok, err := queryOne(ctx, r, scanValue[string],
+		"SELECT d.vm FROM layers l JOIN disks d ON d.id = l.disk WHERE l.ino = ? AND l.dev = ? AND NOT l.is_foreign ORDER BY l.created DESC LIMIT 1",
+		int64(ino), int64(dev))
+	if err == nil && !ok {
+		err = notFound("no VM has the file with the inode %d on device %d", ino, dev)
+	}
+	return vm, err
+}
+
 // Children returns the layers that lie directly on a layer, the oldest first.
 func (r reader) Children(ctx context.Context, id string) ([]Layer, error) {
 	return query(ctx, r, scanLayer, selectLayer+" WHERE l.parent = ? ORDER BY l.created, l.id", id)

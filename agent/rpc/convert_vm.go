@@ -108,6 +108,7 @@ func layerProto(l agent.LayerView) *vmsnapv1.Layer {
 		Allocated:   l.Allocated,
 		Foreign:     l.Foreign,
 		Immutable:   l.Immutable,
+		Vm:          text(l.VM),
 	}
 }
 

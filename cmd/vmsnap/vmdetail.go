@@ -149,7 +149,10 @@ func layerNotes(l *vmsnapv1.Layer, active bool) string {
 	if active {
 		notes = append(notes, "active")
 	}
-	if l.GetForeign() {
+	switch {
+	case l.GetVm() != "":
+		notes = append(notes, "a layer of VM "+l.GetVm())
+	case l.GetForeign():
 		notes = append(notes, "foreign")
 	}
 	if l.GetImmutable() {

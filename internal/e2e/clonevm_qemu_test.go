@@ -94,6 +94,9 @@ func TestQEMUCloneVM(t *testing.T) {
 		if err != nil || now.GetUuid() != def.UUID {
 			t.Fatalf("%v, %v", now, err)
 		}
+		if text := h.must("vm", "show", a); strings.Count(text, "a layer of VM "+vm.name) < 2 {
+			t.Errorf("it is not shown that its disks are clones:\n%s", text)
+		}
 		own, err := monitor.Dial(h.ctx(), vm.dir+"/"+a+"-q2")
 		if err != nil {
 			t.Fatal(err)

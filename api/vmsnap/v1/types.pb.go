@@ -1297,8 +1297,11 @@ type Layer struct {
 	// Bytes that the file takes on its file system.
 	Allocated uint64 `protobuf:"varint,5,opt,name=allocated,proto3" json:"allocated,omitempty"`
 	// Below the first active layer that vmsnap saw; never written.
-	Foreign       bool `protobuf:"varint,6,opt,name=foreign,proto3" json:"foreign,omitempty"`
-	Immutable     bool `protobuf:"varint,7,opt,name=immutable,proto3" json:"immutable,omitempty"`
+	Foreign   bool `protobuf:"varint,6,opt,name=foreign,proto3" json:"foreign,omitempty"`
+	Immutable bool `protobuf:"varint,7,opt,name=immutable,proto3" json:"immutable,omitempty"`
+	// The name of another VM whose layer the file is: the disk is a linked clone of
+	// that VM's. Only GetVM tells.
+	Vm            string `protobuf:"bytes,8,opt,name=vm,proto3" json:"vm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1380,6 +1383,13 @@ func (x *Layer) GetImmutable() bool {
 		return x.Immutable
 	}
 	return false
+}
+
+func (x *Layer) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
 }
 
 // Problem is something wrong with a VM, and what to do about it.
@@ -2823,7 +2833,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\biothread\x18\t \x01(\tR\biothread\x12!\n" +
 	"\fnot_cuttable\x18\n" +
 	" \x01(\tR\vnotCuttable\x12#\n" +
-	"\rsettle_needed\x18\v \x01(\bR\fsettleNeeded\"\xbc\x01\n" +
+	"\rsettle_needed\x18\v \x01(\bR\fsettleNeeded\"\xcc\x01\n" +
 	"\x05Layer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
@@ -2831,7 +2841,8 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\fvirtual_size\x18\x04 \x01(\x04R\vvirtualSize\x12\x1c\n" +
 	"\tallocated\x18\x05 \x01(\x04R\tallocated\x12\x18\n" +
 	"\aforeign\x18\x06 \x01(\bR\aforeign\x12\x1c\n" +
-	"\timmutable\x18\a \x01(\bR\timmutable\"K\n" +
+	"\timmutable\x18\a \x01(\bR\timmutable\x12\x0e\n" +
+	"\x02vm\x18\b \x01(\tR\x02vm\"K\n" +
 	"\aProblem\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x12\n" +

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -438,12 +439,23 @@ func TestScheduleRetention(t *testing.T) {
 // refusesOnce refuses the first deletion of each snapshot.
 type refusesOnce struct {
 	deletes
-	asked map[string][]time.Time
+	mu  sync.Mutex
+	ids map[string][]time.Time
 }
 
-func (r refusesOnce) DeleteSnapshot(ctx context.Context, id string, uid uint32) (op.Record, error) {
-	r.asked[id] = append(r.asked[id], time.Now())
-	if len(r.asked[id]) == 1 {
+// asked returns when each was to be deleted.
+func (r *refusesOnce) asked() map[string][]time.Time {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return maps.Clone(r.ids)
+}
+
+func (r *refusesOnce) DeleteSnapshot(ctx context.Context, id string, uid uint32) (op.Record, error) {
+	r.mu.Lock()
+	r.ids[id] = append(r.ids[id], time.Now())
+	first := len(r.ids[id]) == 1
+	r.mu.Unlock()
+	if first {
 		return op.Record{}, fault.New(fault.HasDependants, "clones lie on it")
 	}
 	return r.deletes.DeleteSnapshot(ctx, id, uid)
@@ -455,7 +467,7 @@ func (r refusesOnce) DeleteSnapshot(ctx context.Context, id string, uid uint32) 
 func TestExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newScheduledHost(t, t.TempDir(), "web")
-		deleter := refusesOnce{deletes{h}, map[string][]time.Time{}}
+		deleter := &refusesOnce{deletes: deletes{h}, ids: map[string][]time.Time{}}
 		h.deleter = deleter
 		h.start()
 		for name, req := range map[string]SnapshotRequest{
@@ -487,7 +499,7 @@ func TestExpiry(t *testing.T) {
 		}
 		time.Sleep(59 * time.Minute)
 		synctest.Wait()
-		if len(names()) != 4 || len(deleter.asked) > 0 {
+		if len(names()) != 4 || len(deleter.asked()) > 0 {
 			t.Errorf("too early: %q", names())
 		}
 		time.Sleep(15 * time.Minute)
@@ -495,14 +507,14 @@ func TestExpiry(t *testing.T) {
 		if diff := cmp.Diff([]string{"kept", "never", "years"}, names()); diff != "" {
 			t.Error(diff)
 		}
-		for id, asked := range deleter.asked {
+		for id, asked := range deleter.asked() {
 			first, second := asked[0].Sub(began), asked[1].Sub(asked[0])
 			if len(asked) != 2 || first > time.Hour+lookInterval || second < expiryRetry || second > expiryRetry+lookInterval {
 				t.Errorf("%s: asked after %s, and %s later", id, first, second)
 			}
 		}
-		if len(deleter.asked) != 1 {
-			t.Errorf("%d were to be deleted", len(deleter.asked))
+		if len(deleter.asked()) != 1 {
+			t.Errorf("%d were to be deleted", len(deleter.asked()))
 		}
 		h.stop()
 	})

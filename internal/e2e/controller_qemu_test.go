@@ -18,12 +18,12 @@ import (
 	"github.com/vmsnap/vmsnap/internal/testvm"
 )
 
-// fleet is three agents with a VM each, and the example's controller.
+// fleet is three agents with a guest each, and the example's controller.
 type fleet struct {
 	t          *testing.T
 	controller string
 	hosts      []*host
-	vms        []*still
+	vms        []*testvm.Guest
 }
 
 // newFleet starts them. A snapshot waits, before its cut, until the file "go" is
@@ -34,18 +34,18 @@ func newFleet(t *testing.T, q testvm.QEMU) *fleet {
 	if out, err := exec.Command("go", "build", "-o", f.controller, "github.com/vmsnap/vmsnap/examples/controller").CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
-	for i := range 3 {
-		vm := newStill(t, q, fmt.Sprintf("fleet-%d", i), "root.qcow2")
+	for range 3 {
+		vm := testvm.Start(t, testvm.Config{QEMU: q})
 		h := prepareHost(t)
 		h.flags = []string{"--hooks-dir", h.path("hooks.d")}
 		h.hook("pre-freeze/10-wait", fmt.Sprintf("while [ ! -e %s ]; do sleep 0.05; done", h.path("go")))
-		h.list(vm.name, vm.uuid)
+		h.list(vm.Name, vm.UUID)
 		h.start()
 		t.Cleanup(h.end)
 		f.hosts, f.vms = append(f.hosts, h), append(f.vms, vm)
 	}
 	for i, h := range f.hosts {
-		h.await(f.vms[i].name, "paused")
+		h.await(f.vms[i].Name, "running")
 	}
 	return f
 }
@@ -122,7 +122,7 @@ func TestQEMUControllerOfThreeAgents(t *testing.T) {
 		away.release()
 		plain.release()
 		out, ended := f.run("r1")
-		killed.sees(eventLimit, f.vms[1].name, func(vm *vmsnapv1.VM) error {
+		killed.sees(eventLimit, f.vms[1].Name, func(vm *vmsnapv1.VM) error {
 			if vm.GetOperationId() == "" {
 				return fmt.Errorf("no operation has begun: %s", out)
 			}
@@ -141,7 +141,11 @@ func TestQEMUControllerOfThreeAgents(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Fatalf("the round: %v\n%s", err, out)
 		}
-		for _, says := range []string{"host0/fleet-0: r1 taken", "host1/fleet-1: r1 taken", "host2/fleet-2: r1 taken", "OPERATION_STATE_RUNNING"} {
+		says := []string{"OPERATION_STATE_RUNNING"}
+		for i, vm := range f.vms {
+			says = append(says, fmt.Sprintf("host%d/%s: r1 taken", i, vm.Name))
+		}
+		for _, says := range says {
 			if !strings.Contains(out.String(), says) {
 				t.Errorf("it does not say %q:\n%s", says, out)
 			}
@@ -151,9 +155,13 @@ func TestQEMUControllerOfThreeAgents(t *testing.T) {
 			t.Errorf("the same round again: %v\n%s", err, again)
 		}
 		for i, h := range f.hosts {
-			if got := h.snapshots(f.vms[i].name); got != "r1" {
-				t.Errorf("%s has the snapshots %q", f.vms[i].name, got)
+			name := f.vms[i].Name
+			if got := h.snapshots(name); got != "r1" {
+				t.Errorf("%s has the snapshots %q", name, got)
+			} else if s := h.snapshot(name + "/r1"); s.Consistency != "filesystem" {
+				t.Errorf("%s/r1 is %+v", name, s)
 			}
+			thawed(t, f.vms[i])
 		}
 	})
 }

@@ -179,11 +179,7 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 	r.mu.Unlock()
 	r.meet.Do(func() { close(r.met) })
 	if !registered {
-		a.group.Go(func() { // once the operation has ended
-			v.changing.RLock()
-			v.changing.RUnlock() //nolint:staticcheck // only its end is awaited
-			a.lookAgain(ctx, v)
-		})
+		a.group.Go(func() { a.registerLater(ctx, v, r, s) })
 	}
 	unwatch := a.watchRoom(ctx, v, r, s)
 	a.followEvents(ctx, v, r, s, sub)
@@ -193,6 +189,25 @@ func (a *Agent) attend(ctx context.Context, v *vm, r *run, s *monitor.Session, s
 	r.problem = &Problem{"monitor-lost", "the monitor session ended", "vmsnapd connects again by itself"}
 	r.mu.Unlock()
 	return true
+}
+
+// registerLater looks at the disks again, once the operation that changes them has
+// ended. The VM may have another process then, which ended and is about to be
+// missed: this one is looked at all the same.
+func (a *Agent) registerLater(ctx context.Context, v *vm, r *run, s *monitor.Session) {
+	for registered := false; !registered; {
+		v.changing.RLock()
+		v.changing.RUnlock() //nolint:staticcheck // only its end is awaited
+		err := a.reload(ctx, v)
+		if err == nil {
+			registered, err = a.refreshDisks(ctx, v, r, s)
+		}
+		if err != nil {
+			a.log.Debug("disks unknown", "vm", v.name(), "error", err)
+			return
+		}
+	}
+	r.lookAtRoom()
 }
 
 // passing is how often a run state is asked for that QEMU leaves without an

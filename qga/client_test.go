@@ -284,11 +284,12 @@ func TestLateReplyWithoutSync(t *testing.T) {
 	if err := c.Ping(ctx); err != nil {
 		t.Fatal(err)
 	}
-	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	short, cancel := context.WithTimeout(ctx, time.Second) // by then it has been asked
 	defer cancel()
 	if _, err := c.FreezeStatus(short); !errors.Is(err, qga.ErrTimeout) {
 		t.Fatalf("error %v, want a timeout", err)
 	}
+	<-gate.Entered()
 	gate.Release() // thawed, says the late reply
 	s.SetFrozen(true)
 	s.Once(qgatest.Status, qgatest.Return("frozen"))

@@ -207,7 +207,7 @@ func stringsOf(m protoreflect.MessageDescriptor, above []protoreflect.FieldDescr
 		f := m.Fields().Get(i)
 		way := append(above[:len(above):len(above)], f)
 		switch {
-		case f.Name() == "path" || f.Name() == "dirs":
+		case f.Name() == "path" || f.Name() == "dir" || f.Name() == "dirs":
 		case f.IsMap():
 			ways = append(ways, way)
 		case f.Kind() == protoreflect.StringKind:
@@ -255,7 +255,7 @@ func (h *host) tricked(vm *still, m protoreflect.MethodDescriptor, way []protore
 func fillIn(msg protoreflect.Message, vm *still) {
 	for name, value := range map[protoreflect.Name]any{
 		"vm": vm.name, "snapshot": vm.name + "/one", "disk": "root", "schedule": "nightly", "name": "x", "new_name": "one",
-		"strict": true, "dry_run": true, "path": vm.dir + "/nowhere/x.qcow2",
+		"strict": true, "dry_run": true, "path": vm.dir + "/nowhere/x.qcow2", "dir": vm.dir + "/nowhere",
 	} {
 		f := msg.Descriptor().Fields().ByName(name)
 		if f == nil || f.IsList() || f.IsMap() || (f.Kind() == protoreflect.BoolKind) != (value == true) {

@@ -96,6 +96,49 @@ func TestKnownWaitsForTheFirstAnswer(t *testing.T) {
 	}
 }
 
+// TestDisksAreLookedAtAfterAnOperation has a VM come back while an operation
+// changes its layers, whose process before has not been missed yet when it ends.
+func TestDisksAreLookedAtAfterAnOperation(t *testing.T) {
+	srv := monitortest.NewServer(t)
+	looks := make(chan struct{}, 16)
+	srv.HandleReturn("query-status", map[string]any{"status": "running", "running": true})
+	srv.Handle("query-named-block-nodes", func(monitortest.Request) monitortest.Reply {
+		looks <- struct{}{}
+		return monitortest.Return([]any{})
+	})
+	for _, command := range []string{"query-block", "query-block-jobs"} {
+		srv.HandleReturn(command, []any{})
+	}
+	srv.HandleReturn("x-debug-query-block-graph", map[string]any{"nodes": []any{}, "edges": []any{}})
+	c, err := catalog.Open(t.Context(), t.TempDir(), hclog.NewNullLogger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	session, err := monitor.Dial(t.Context(), srv.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, r := &Agent{log: hclog.NewNullLogger(), catalog: c}, newRun(self(t))
+	v := &vm{id: "1", rec: catalog.VM{ID: "1", Name: "web"}, runs: []*run{newRun(self(t)), r}}
+	v.changing.Lock()
+	if registered, err := a.refreshDisks(t.Context(), v, r, session); registered || err != nil {
+		t.Fatalf("registered while an operation changes them: %t, %v", registered, err)
+	}
+	<-looks
+	ended := make(chan struct{})
+	go func() { a.registerLater(t.Context(), v, r, session); close(ended) }()
+	v.changing.Unlock()
+	<-ended
+	select {
+	case <-looks:
+	default:
+		t.Error("its disks were not looked at again")
+	}
+	if err := errors.Join(session.Close(), c.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestStopReleasesWhatRecoveryDidNotReach has something wait for a VM whose
 // recovery never began.
 func TestStopReleasesWhatRecoveryDidNotReach(t *testing.T) {

@@ -130,8 +130,11 @@ func (a *Agent) WatchEvents(ctx context.Context, f EventFilter) iter.Seq2[EventN
 			select {
 			case <-added:
 			case <-ctx.Done():
-				err = context.Cause(ctx)
+				err = ctx.Err()
 			}
+		}
+		if ctx.Err() != nil { // also when it came while the catalog was read
+			err = context.Cause(ctx)
 		}
 		yield(EventNews{}, err)
 	}

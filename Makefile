@@ -57,6 +57,11 @@ fuzz: ## run each fuzz target for FUZZTIME (default 10s)
 lint: ## check style, mistakes and the import law
 	$(GOTOOL) golangci-lint run
 
+.PHONY: vuln
+vuln: build ## tell which known vulnerabilities the programs have (asks vuln.go.dev, or VULNDB)
+	$(GOTOOL) govulncheck -mode=binary $(if $(VULNDB),-db=$(VULNDB)) bin/vmsnapd
+	$(GOTOOL) govulncheck -mode=binary $(if $(VULNDB),-db=$(VULNDB)) bin/vmsnap
+
 .PHONY: generate
 generate: ## generate the Go code of the API from its .proto files
 	@hack/generate.sh
@@ -67,4 +72,4 @@ bench: deps build ## measure vmsnap against its rivals on the same guest
 
 .PHONY: torture
 torture: deps ## kill the agent and QEMU at each step and at TORTUREROUNDS random moments (default 200)
-	CGO_ENABLED=1 go test $(RACE) -v -run 'Torture|Killed|Interrupted' -count=1 -timeout 180m ./internal/e2e -args -torture.rounds=$(TORTUREROUNDS)
+	CGO_ENABLED=1 go test $(RACE) -v -run 'Torture|Killed|Interrupted|LaunchersOfSystemd' -count=1 -timeout 180m ./internal/e2e ./packaging -args -torture.rounds=$(TORTUREROUNDS)

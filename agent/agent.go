@@ -20,17 +20,18 @@ import (
 
 // Config is what an Agent needs to know of its host.
 type Config struct {
-	StateDir     string        // of the catalog; created 0700
-	OverridesDir string        // YAML files that name VMs or override what was found; may be absent
-	OverlayDir   string        // where overlays are made unless an override says otherwise; empty: beside the layer
-	Freezing     freeze.Config // how the guards of freezes are started
-	LaunchGuard  []string      // command that runs GuardLaunchPaths
-	PauseGuard   []string      // command that runs memdump.RunGuard
-	MemoryDir    string        // where memory is saved; beside the first disk's layers when empty
-	Launcher     launch.Kind   // that starts QEMU where memory is restored; Automatic by default
-	KeepPages    bool          // do not put a guest's huge pages back after a save
-	ScanOnly     bool          // find VMs without process events
-	ListedOnly   bool          // manage only VMs that a file in OverridesDir names
+	StateDir     string         // of the catalog; created 0700
+	OverridesDir string         // YAML files that name VMs or override what was found; may be absent
+	OverlayDir   string         // where overlays are made unless an override says otherwise; empty: beside the layer
+	Freezing     freeze.Config  // how the guards of freezes are started
+	LaunchGuard  []string       // command that runs GuardLaunchPaths
+	PauseGuard   []string       // command that runs memdump.RunGuard
+	MemoryDir    string         // where memory is saved; beside the first disk's layers when empty
+	Sealing      *MemorySealing // how memory files are encrypted; nil: they are plain
+	Launcher     launch.Kind    // that starts QEMU where memory is restored; Automatic by default
+	KeepPages    bool           // do not put a guest's huge pages back after a save
+	ScanOnly     bool           // find VMs without process events
+	ListedOnly   bool           // manage only VMs that a file in OverridesDir names
 	Logger       hclog.Logger
 	EventKeep    int           // how many events are kept; 0: DefaultEventKeep
 	EventMaxAge  time.Duration // how old they get; 0: DefaultEventMaxAge
@@ -145,6 +146,7 @@ func (a *Agent) run(ctx context.Context, ready func()) error {
 	}
 	a.showUnresolved(leftovers)
 	a.coverDevices()
+	a.checkMemoryKey()
 	w, err := discover.Watch(ctx, discover.Options{NoNetlink: a.cfg.ScanOnly})
 	if err != nil {
 		return err
@@ -220,6 +222,9 @@ func (a *Agent) Operation(ctx context.Context, id string) (op.Record, error) {
 // Operations returns operations, the newest first.
 func (a *Agent) Operations(ctx context.Context, f OperationFilter) ([]op.Record, error) {
 	filter := op.Filter{Active: f.Active, Limit: f.Limit}
+	if may := f.Visible; may != nil {
+		filter.Visible = func(rec op.Record) bool { return may(rec.VMID, rec.VMName) }
+	}
 	if filter.Limit == 0 {
 		filter.Limit = 100
 	}

@@ -44,6 +44,7 @@ const (
 	hostImmutableFlag  = "immutable-flag"
 	hostHugePages      = "huge-pages"
 	hostWriteTracking  = "write-tracking"
+	hostMemoryKey      = "memory-key"
 	hostStateDirectory = "state-directory"
 	hostSockets        = "vm-sockets"
 	hostStorage        = "storage"
@@ -61,6 +62,8 @@ type hostFacts struct {
 	discovery    Discovery
 	vms          []VMView
 	owners       map[int]int // uids of QEMU processes, by pid
+	recipient    string      // whom memory is encrypted to; "" when it is not
+	keyError     *fault.Error
 }
 
 // hostRoom is the file system of a directory.
@@ -87,6 +90,7 @@ func (a *Agent) CheckHost(ctx context.Context) ([]HostCheck, error) {
 		userFaults: err == nil && strings.TrimSpace(string(faults)) == "1", find: exec.LookPath, stateDir: a.cfg.StateDir,
 		room: roomOf, owners: a.owners(),
 	}
+	f.recipient, f.keyError = a.memoryRecipient()
 	f.vms, f.discovery = a.VMs(ctx)
 	ctx, cancel := context.WithTimeout(ctx, hostPatience)
 	defer cancel()
@@ -155,7 +159,7 @@ const hintCapabilities = "run vmsnapd with the unit as it is packaged: remove un
 func (f hostFacts) check() []HostCheck {
 	checks := []HostCheck{
 		f.kernel(), f.qemu(), f.qemuImg(), f.processEvents(), f.otherUsers(), f.immutableFlag(), f.hugePages(), f.writeTracking(),
-		f.stateDirectory(),
+		f.memoryKey(), f.stateDirectory(),
 	}
 	return append(append(checks, f.sockets()...), f.storage()...)
 }
@@ -225,7 +229,7 @@ func supportedQEMU(version string) bool {
 func (f hostFacts) qemuImg() HostCheck {
 	path, err := f.find("qemu-img")
 	if err != nil {
-		return HostCheck{hostQEMUImg, HostLimited, "qemu-img is not found: VMs that are stopped cannot be snapshotted, nor snapshots exported, cloned or verified",
+		return HostCheck{hostQEMUImg, HostBroken, "qemu-img is not found: no snapshot can be taken, restored, exported or cloned",
 			"install it (Debian: apt install qemu-utils)"}
 	}
 	return works(hostQEMUImg, "%s", path)

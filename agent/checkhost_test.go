@@ -41,7 +41,7 @@ func TestHostThatWorks(t *testing.T) {
 			t.Errorf("%+v", c)
 		}
 	}
-	if len(seen) != 11 {
+	if len(seen) != 12 {
 		t.Errorf("%d things were looked at: %v", len(seen), seen)
 	}
 }
@@ -57,17 +57,20 @@ func TestHostAilments(t *testing.T) {
 		state HostState
 		tells string // a part of the message or the hint
 	}{
-		"old kernel":          {func(f *hostFacts) { f.release = "4.19.0" }, hostKernel, HostBroken, "5.10"},
-		"no huge pages":       {func(f *hostFacts) { f.release = "5.15.0-generic" }, hostKernel, HostLimited, "6.1"},
-		"old QEMU":            {func(f *hostFacts) { f.vms[0].Process.QEMUVersion = "6.2.0" }, hostQEMU, HostBroken, "web (6.2.0)"},
-		"no QEMU":             {func(f *hostFacts) { f.vms, f.find = nil, missing }, hostQEMU, HostLimited, "qemu-system-x86"},
-		"no qemu-img":         {func(f *hostFacts) { f.find = missing }, hostQEMUImg, HostLimited, "qemu-utils"},
-		"scanning":            {func(f *hostFacts) { f.discovery = Discovery{"scan", "no netlink"} }, hostProcessEvents, HostLimited, "no netlink"},
-		"VMs of others":       {func(f *hostFacts) { f.capabilities = 0 }, hostOtherUsers, HostBroken, "web"},
-		"VMs of one user":     {func(f *hostFacts) { f.capabilities, f.owners = 0, map[int]int{7: 990} }, hostOtherUsers, HostLimited, "unprivileged.conf"},
-		"no immutable flag":   {func(f *hostFacts) { f.capabilities = 0 }, hostImmutableFlag, HostLimited, "CAP_LINUX_IMMUTABLE"},
-		"no collapsing":       {func(f *hostFacts) { f.capabilities = 0 }, hostHugePages, HostLimited, "unprivileged.conf"},
-		"no write tracking":   {func(f *hostFacts) { f.userFaults = false }, hostWriteTracking, HostLimited, "vm.unprivileged_userfaultfd=1"},
+		"old kernel":        {func(f *hostFacts) { f.release = "4.19.0" }, hostKernel, HostBroken, "5.10"},
+		"no huge pages":     {func(f *hostFacts) { f.release = "5.15.0-generic" }, hostKernel, HostLimited, "6.1"},
+		"old QEMU":          {func(f *hostFacts) { f.vms[0].Process.QEMUVersion = "6.2.0" }, hostQEMU, HostBroken, "web (6.2.0)"},
+		"no QEMU":           {func(f *hostFacts) { f.vms, f.find = nil, missing }, hostQEMU, HostLimited, "qemu-system-x86"},
+		"no qemu-img":       {func(f *hostFacts) { f.find = missing }, hostQEMUImg, HostBroken, "qemu-utils"},
+		"scanning":          {func(f *hostFacts) { f.discovery = Discovery{"scan", "no netlink"} }, hostProcessEvents, HostLimited, "no netlink"},
+		"VMs of others":     {func(f *hostFacts) { f.capabilities = 0 }, hostOtherUsers, HostBroken, "web"},
+		"VMs of one user":   {func(f *hostFacts) { f.capabilities, f.owners = 0, map[int]int{7: 990} }, hostOtherUsers, HostLimited, "unprivileged.conf"},
+		"no immutable flag": {func(f *hostFacts) { f.capabilities = 0 }, hostImmutableFlag, HostLimited, "CAP_LINUX_IMMUTABLE"},
+		"no collapsing":     {func(f *hostFacts) { f.capabilities = 0 }, hostHugePages, HostLimited, "unprivileged.conf"},
+		"no write tracking": {func(f *hostFacts) { f.userFaults = false }, hostWriteTracking, HostLimited, "vm.unprivileged_userfaultfd=1"},
+		"memory key is gone": {func(f *hostFacts) {
+			f.keyError = fault.New(fault.Failed, "the key cannot be used: no such file").WithHint("put the key right")
+		}, hostMemoryKey, HostBroken, "put the key right"},
 		"catalog in memory":   {func(f *hostFacts) { f.room = space(hostRoom{Free: 1 << 40, Kind: "tmpfs"}, nil) }, hostStateDirectory, HostLimited, "state-dir"},
 		"catalog on NFS":      {func(f *hostFacts) { f.room = space(hostRoom{Free: 1 << 40, Kind: "nfs"}, nil) }, hostStateDirectory, HostLimited, "nfs"},
 		"catalog out of room": {func(f *hostFacts) { f.room = space(hostRoom{Free: 1 << 20, Kind: "ext4"}, nil) }, hostStateDirectory, HostLimited, "make space"},

@@ -96,7 +96,8 @@ func (c *cloning) prepare(ctx context.Context, point catalog.SnapshotDisk, path 
 	case !top.Covered:
 		return fault.New(fault.Failed, "VM %s: disk %s: nothing lies on its restore point %s, which may be written to", c.vm.name(), point.Device, top.Path)
 	}
-	return nil
+	c.need = overlayReserve
+	return c.fits(c.need, "disk "+point.Device)
 }
 
 // make makes the clone under its partial name.

@@ -176,7 +176,7 @@ func (c *vmCloning) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := c.enough(ctx); err != nil {
+	if err := c.enough(); err != nil {
 		return err
 	}
 	return c.specify(ctx, named)
@@ -255,24 +255,19 @@ func fileWord(name string) string {
 	return strings.Trim(word, "-")
 }
 
-// enough fails when the copies cannot all fit: each alone has been found to.
-func (c *vmCloning) enough(ctx context.Context) error {
-	if !c.req.Full {
-		return nil
-	}
-	need := map[string]uint64{}
+// enough fails when the disks cannot all fit: each alone has been found to.
+func (c *vmCloning) enough() error {
+	need, devices := map[string]uint64{}, map[string][]string{}
 	for _, d := range c.disks {
-		n, err := d.chain.data(ctx)
-		if err != nil {
-			return err
-		}
-		need[d.out.Dir] += n
-		free, err := d.out.free()
-		if err != nil {
-			return err
-		}
-		if free < need[d.out.Dir] {
-			return fault.New(fault.NoSpace, "VM %s: the disks hold %d bytes of data, and %s has %d bytes free", c.vm.name(), need[d.out.Dir], d.out.Dir, free)
+		dir := d.out.Dir
+		need[dir] += d.need
+		devices[dir] = append(devices[dir], d.point.Device)
+	}
+	for _, d := range c.disks {
+		if all := devices[d.out.Dir]; len(all) > 1 {
+			if err := d.fits(need[d.out.Dir], "disks "+strings.Join(all, ", ")); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -235,6 +235,15 @@ func (c *cutDisk) makeNames() (err error) {
 	return nil
 }
 
+// build formats the overlay and opens it in QEMU.
+func (c *cutDisk) build(ctx context.Context, m blockdev.Monitor) error {
+	o := c.overlay()
+	if err := o.Format(ctx, c.overlayDir); err != nil {
+		return err
+	}
+	return o.Open(ctx, m)
+}
+
 // removeNames takes back what makeNames made, and what the launch guard did. It
 // opens the directories anew, since reverts run when the recipe has returned and
 // closed its own.

@@ -35,7 +35,8 @@ type EventFilter struct {
 	Schedule  string
 	Since     *uint64   // those with a greater number; nil: for a list all, for a watch those to come
 	After     time.Time // those at or after it
-	Limit     int       // 0: EventPage
+	Visible   Visible
+	Limit     int // 0: EventPage
 }
 
 // EventList is a page of events, the newest first.
@@ -79,6 +80,9 @@ func (a *Agent) Events(ctx context.Context, f EventFilter) (EventList, error) {
 // eventFilter finds out which VM is meant.
 func (a *Agent) eventFilter(ctx context.Context, f EventFilter) (event.Filter, error) {
 	filter := event.Filter{Kinds: f.Kinds, Severity: f.Severity, Operation: f.Operation, Schedule: f.Schedule, After: f.After}
+	if may := f.Visible; may != nil {
+		filter.Visible = func(e event.Event) bool { return may(e.VMID, e.VMName) }
+	}
 	if f.VM == "" {
 		return filter, nil
 	}

@@ -44,7 +44,7 @@ func (a *Agent) examine(ctx context.Context, v *vm, o *op.Op, deep bool) (*exami
 	}
 	for _, look := range []func(context.Context) error{
 		x.lookForLayers, x.lookAtHeaders, x.lookAtLaunchPaths, x.lookAtProtection, x.lookAtGraph, x.lookAtMemory, x.lookAtManifests,
-		x.lookForStrangers, x.lookAtGuest, x.lookAtImages,
+		x.lookForStrangers, x.lookAtPreview, x.lookAtGuest, x.lookAtImages,
 	} {
 		if err := look(ctx); err != nil {
 			return nil, err

@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/vmsnap/vmsnap/agent/catalog"
+	"github.com/vmsnap/vmsnap/agent/fault"
 	"github.com/vmsnap/vmsnap/blockdev"
 )
 
@@ -23,6 +24,7 @@ const (
 	findNameLeft       = "name-left-behind"
 	findMemoryMissing  = "memory-missing"
 	findMemoryAltered  = "memory-altered"
+	findMemoryLocked   = "memory-locked"
 	findMemoryOrphaned = "memory-orphaned"
 )
 
@@ -228,24 +230,25 @@ func (x *examination) lookAtMemory(ctx context.Context) error {
 		}
 		name := s.VMName + "/" + s.Name
 		fi, err := os.Stat(s.Memory.Path)
-		switch {
-		case err != nil:
+		if err != nil {
 			x.found(ctx, Finding{
 				Code: findMemoryMissing, Message: fmt.Sprintf("snapshot %s: its memory cannot be found: %v", name, err),
 				Hint: "put the file back from a backup; the disks can be restored without it",
 			}, nil)
 			continue
-		case uint64(fi.Size()) != s.Memory.Size:
+		}
+		if uint64(fi.Size()) != s.Memory.Size {
 			err = fmt.Errorf("it has %d bytes instead of %d", fi.Size(), s.Memory.Size)
-		case x.deep:
-			sum, failed := verifyMemory(ctx, s.Memory.Path, func(done, total uint64) { x.progress(done, total) })
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			err = failed
-			if err == nil && sum.StoredChecksum != s.Memory.Checksum {
-				err = errors.New("its checksum is another one")
-			}
+		} else if locked := x.locked(s.Memory); locked != nil {
+			x.found(ctx, Finding{
+				Code: findMemoryLocked, Message: fmt.Sprintf("snapshot %s: its memory cannot be read: %s", name, locked.Message), Hint: locked.Hint,
+			}, nil)
+			continue
+		} else if x.deep {
+			err = x.readMemory(ctx, s.Memory)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 		if err != nil {
 			x.found(ctx, Finding{
@@ -255,6 +258,31 @@ func (x *examination) lookAtMemory(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// locked returns why there is no key for an encrypted memory file, nil when there is
+// one, or when that is not what is wrong with it.
+func (x *examination) locked(m *catalog.SavedMemory) *fault.Error {
+	if m.Recipient == "" {
+		return nil
+	}
+	dir, err := openMemoryDir(filepath.Dir(m.Path))
+	if err != nil {
+		return nil //nolint:nilerr // reading it tells
+	}
+	defer func() { _ = dir.Close() }()
+	_, err = x.keyFor(dir, m.Path)
+	locked, _ := errors.AsType[*fault.Error](err)
+	return locked
+}
+
+// readMemory reads all of a memory file and compares it with what was recorded.
+func (x *examination) readMemory(ctx context.Context, m *catalog.SavedMemory) error {
+	sum, err := x.verifyMemory(ctx, m.Path, func(done, total uint64) { x.progress(done, total) })
+	if err == nil && sum.StoredChecksum != m.Checksum {
+		err = errors.New("its checksum is another one")
+	}
+	return err
 }
 
 func (x *examination) progress(done, total uint64) {

@@ -74,6 +74,7 @@ type copying struct {
 	compress bool
 	chain    *heldChain
 	out      *outFile
+	need     uint64 // bytes that it takes at its place; 0 when nobody knows
 }
 
 // prepare opens what is read, and the place of what is made, which must have the
@@ -104,17 +105,24 @@ func (c *copying) enough(ctx context.Context) error {
 	if c.compress {
 		return nil
 	}
-	need, err := c.chain.data(ctx)
-	if err != nil {
+	var err error
+	if c.need, err = c.chain.data(ctx); err != nil {
 		return err
 	}
+	return c.fits(c.need, "disk "+c.point.Device)
+}
+
+// fits fails when what is made of the disks cannot have the bytes that it needs.
+func (c *copying) fits(need uint64, disks string) error {
 	free, err := c.out.free()
 	if err == nil && free < need {
-		err = fault.New(fault.NoSpace, "VM %s: disk %s holds %d bytes of data, and %s has %d bytes free",
-			c.vm.name(), c.point.Device, need, c.out.Dir, free)
+		err = fault.New(fault.NoSpace, "VM %s: %s: %d bytes are needed in %s, and %d are free", c.vm.name(), disks, need, c.out.Dir, free).
+			WithHint(hintNoRoom)
 	}
 	return err
 }
+
+const hintNoRoom = "make room there, or choose a place that has it"
 
 // copy makes the file and copies into it.
 func (c *copying) copy(ctx context.Context) error {
@@ -139,7 +147,11 @@ func (c *copying) failure(err error) error {
 	if err == nil || errors.Is(err, context.Canceled) || fault.Of(err) == fault.Cancelled {
 		return err
 	}
-	return fault.New(kindOf(err), "VM %s: disk %s: copy it to %s: %w", c.vm.name(), c.point.Device, c.out.path(), err)
+	if kind := kindOf(err); kind != fault.NoSpace || c.need == 0 {
+		return fault.New(kind, "VM %s: disk %s: copy it to %s: %w", c.vm.name(), c.point.Device, c.out.path(), err)
+	}
+	return fault.New(fault.NoSpace, "VM %s: disk %s: copy it to %s, where at least %d bytes are needed: %w", c.vm.name(), c.point.Device, c.out.path(), c.need, err).
+		WithHint(hintNoRoom)
 }
 
 // publishAll gives files, which are whole, their names, after what has to be

@@ -47,28 +47,51 @@ type fileStats struct {
 // look returns what is known of files, after another look at them unless that
 // takes longer than ctx lasts.
 func (s *fileStats) look(ctx context.Context, paths []string) map[string]fileStat {
+	return s.begin(paths).await(ctx)
+}
+
+// looked is a look that was begun.
+type looked struct {
+	stats *fileStats
+	paths []string
+	ended chan struct{} // closed when the look that goes on has ended; nil when there is nothing to look at
+	mine  bool          // else it may have begun before what the caller wants to see
+}
+
+// begin begins a look at files, unless one goes on.
+func (s *fileStats) begin(paths []string) looked {
+	l := looked{stats: s, paths: paths}
 	if len(paths) == 0 {
+		return l
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l.ended, l.mine = s.looking, s.looking == nil
+	if l.mine {
+		l.ended = make(chan struct{})
+		s.looking = l.ended
+		go s.lookAt(paths, l.ended)
+	}
+	return l
+}
+
+// await returns what is known when the look has ended, or with ctx.
+func (l looked) await(ctx context.Context) map[string]fileStat {
+	if l.ended == nil {
 		return nil
 	}
 	for {
-		s.mu.Lock()
-		looking, mine := s.looking, s.looking == nil
-		if mine {
-			looking = make(chan struct{})
-			s.looking = looking
-			go s.lookAt(paths, looking)
-		}
-		s.mu.Unlock()
 		select {
-		case <-looking:
-			if !mine {
-				continue // it may have looked before what the caller wants to see
+		case <-l.ended:
+			if !l.mine {
+				l = l.stats.begin(l.paths)
+				continue
 			}
 		case <-ctx.Done():
 		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.known
+		l.stats.mu.Lock()
+		defer l.stats.mu.Unlock()
+		return l.stats.known
 	}
 }
 

@@ -168,7 +168,7 @@ func TestGatheringKeepsNoGuestFrozen(t *testing.T) {
 		var all sync.WaitGroup
 		all.Go(func() { _ = l.live(ctx, &member{gathering: g, at: 0, vm: "a"}, -1, -1) })
 		all.Go(func() { _ = l.live(ctx, &member{gathering: g, at: 1, vm: "b"}, -1, cutTaken) })
-		time.Sleep(cutPatience + thawPatience)
+		time.Sleep(cutPatience + thawPatience) // by the bubble's clock
 		synctest.Wait()
 		l.mu.Lock()
 		got := slices.Contains(l.done, "thaw a")

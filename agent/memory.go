@@ -29,8 +29,10 @@ type memory struct {
 	Strategy memdump.Strategy
 	Reason   string
 	RAM      uint64 // bytes
-	Settings memdump.Settings
-	Pause    memdump.Pause
+	// Recipient is whom the file is encrypted to once it is saved; "" for none.
+	Recipient string `json:",omitempty"`
+	Settings  memdump.Settings
+	Pause     memdump.Pause
 
 	tracked   bool // memory and disks are of one instant
 	discarded bool // it is being taken back
@@ -61,12 +63,13 @@ func (m *memory) open() error {
 	return err
 }
 
-// remove removes the file, if there is one.
-func (m *memory) remove() error {
+// removeMemory removes the file, if there is one.
+func (c *cut) removeMemory() error {
+	m := c.memory
 	if m.file != nil {
-		return m.file.Discard()
+		return c.forgetPlain(m.file.Discard())
 	}
-	return memdump.Remove(m.root, m.Name)
+	return c.forgetPlain(memdump.Remove(m.root, m.Name))
 }
 
 // prepareMemory makes everything that the pause needs, so that nothing of it
@@ -82,7 +85,7 @@ func (c *cut) prepareMemory(ctx context.Context) (err error) {
 	if err := c.o.Journal(ctx, entryMemory, m); err != nil {
 		return err
 	}
-	c.o.Revert("remove the memory file "+m.Name, func(context.Context) error { return m.remove() })
+	c.o.Revert("remove the memory file "+m.Name, func(context.Context) error { return c.removeMemory() })
 	if m.file, err = memdump.Create(m.root, m.Name, c.memoryHeader(), m.reserve); err != nil {
 		return c.memoryFailed(err)
 	}
@@ -142,6 +145,7 @@ func (c *cut) memoryHeader() memdump.Header {
 	return memdump.Header{
 		VM: c.vm.name(), Snapshot: c.req.Name, Operation: c.o.ID(), QEMU: c.captured.QEMUVersion,
 		Machine: c.captured.MachineType, RAM: c.memory.RAM, Created: time.Now(), Strategy: c.memory.Strategy,
+		Recipient: c.memory.Recipient,
 	}
 }
 
@@ -202,10 +206,8 @@ func (c *cut) finishWithMemory(ctx context.Context) error {
 	if err := c.o.Step(ctx, "memory", c.saveMemory); err != nil {
 		return err
 	}
-	if c.req.Compress {
-		if err := c.o.Step(ctx, "compress", c.compressMemory); err != nil {
-			return err
-		}
+	if err := c.packMemory(ctx); err != nil {
+		return err
 	}
 	if err := c.o.PointOfNoReturn(); err != nil {
 		return err
@@ -296,6 +298,34 @@ func (c *cut) closeSave(ctx context.Context) error {
 		return nil //nolint:nilerr // QEMU is gone, and its settings with it
 	}
 	return c.memory.Settings.Restore(ctx, s)
+}
+
+// packMemory compresses and encrypts the file, as far as it is to be.
+func (c *cut) packMemory(ctx context.Context) error {
+	switch {
+	case c.memory.Recipient != "":
+		return c.o.Step(ctx, "encrypt", c.encryptMemory)
+	case c.req.Compress:
+		return c.o.Step(ctx, "compress", c.compressMemory)
+	}
+	return nil
+}
+
+// encryptMemory replaces the file by an encrypted one, and destroys the plain one.
+// It compresses in the same pass: what is encrypted cannot be made smaller.
+func (c *cut) encryptMemory(ctx context.Context) error {
+	m := c.memory
+	sum, err := memdump.Encrypt(ctx, m.root, m.Name, c.req.Compress, func(done, total uint64) { c.o.Progress(done, total, "bytes") })
+	if errors.Is(err, memdump.ErrNotOverwritten) {
+		c.warn(warnPlainOnDisk, "", "what was saved before it was encrypted may be on the disk still: "+err.Error())
+		err = nil
+	}
+	if err != nil {
+		return c.memoryFailed(err)
+	}
+	m.saved.Size, m.saved.Checksum = memdump.HeaderSize+sum.Stored, sum.StoredChecksum
+	m.saved.Compressed, m.saved.Recipient = c.req.Compress, m.Recipient
+	return nil
 }
 
 // compressMemory replaces the file by a compressed one. QEMU has nothing to do

@@ -48,8 +48,13 @@ func (a *Agent) preflightMemory(ctx context.Context, v *vm, s *monitor.Session, 
 	if len(p.disks) == 0 {
 		return nil // refused already
 	}
+	recipient, refused := a.memoryRecipient()
+	if refused != nil {
+		p.refuse(refused.About(v.name()))
+		return nil
+	}
 	p.memory = &memory{
-		Dir: a.memoryDir(p.disks[0]), Strategy: choice.Strategy, Reason: choice.Reason, RAM: facts.RAM,
+		Dir: a.memoryDir(p.disks[0]), Strategy: choice.Strategy, Reason: choice.Reason, RAM: facts.RAM, Recipient: recipient,
 		facts: facts, reserve: facts.Reserve(),
 	}
 	p.plan.Consistency = catalog.Memory
@@ -90,9 +95,13 @@ func (p *preflight) placeMemory(v *vm) error {
 	}
 	p.plan.Memory = &PlanMemory{
 		Strategy: MemoryStrategy(m.Strategy), Reason: m.Reason, Directory: m.Dir, Free: free, Reserve: m.reserve, RAM: m.RAM,
+		Recipient: m.Recipient,
 	}
 	if free < m.reserve {
 		p.refuse(fault.New(fault.NoSpace, "VM %s: its memory needs %d MiB set aside in %s, where %d MiB are free",
+			v.name(), m.reserve>>20, m.Dir, free>>20).WithHint("free some space there, or configure memory-dir"))
+	} else if m.Recipient != "" && free-m.reserve < m.reserve {
+		p.refuse(fault.New(fault.NoSpace, "VM %s: its memory needs %d MiB set aside in %s and as much again to be encrypted, and %d MiB are free",
 			v.name(), m.reserve>>20, m.Dir, free>>20).WithHint("free some space there, or configure memory-dir"))
 	}
 	return nil

@@ -47,6 +47,7 @@ const (
 	warnClock              = "clock-not-set"
 	warnNotAnnounced       = "network-not-announced"
 	warnMemoryLost         = "memory-lost"
+	warnPlainOnDisk        = "plain-on-disk"
 	warnAwaitsLauncher     = "awaits-external-launcher"
 	warnLauncher           = "launcher"
 	warnNotStarted         = "clone-not-started"

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -18,10 +19,6 @@ import (
 // for statPatience, the file systems of the layers.
 func (a *Agent) VMs(ctx context.Context) ([]VMView, Discovery) {
 	a.mu.RLock()
-	all := make([]*vm, 0, len(a.vms))
-	for _, v := range a.vms {
-		all = append(all, v)
-	}
 	w := a.watcher
 	a.mu.RUnlock()
 	var d Discovery
@@ -30,17 +27,42 @@ func (a *Agent) VMs(ctx context.Context) ([]VMView, Discovery) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, statPatience)
 	defer cancel()
-	each := make([][]VMView, len(all))
-	var looking sync.WaitGroup
+	// All looks go on at once, and are waited for one after the other.
+	all := a.all()
+	looks := make([]lookingAt, len(all))
 	for i, v := range all {
-		looking.Go(func() { each[i] = a.views(ctx, v) })
+		looks[i] = v.lookAt(a.sketch(v))
 	}
-	looking.Wait()
+	each := make([][]VMView, len(all))
+	for i, l := range looks {
+		each[i] = l.await(ctx)
+	}
+	return byName(each), d
+}
+
+// sketches returns what VMs does but for what the file systems know of the layers.
+func (a *Agent) sketches() []VMView {
+	all := a.all()
+	each := make([][]VMView, len(all))
+	for i, v := range all {
+		each[i] = a.sketch(v).views
+	}
+	return byName(each)
+}
+
+// all returns the VMs, in no order.
+func (a *Agent) all() []*vm {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	return slices.Collect(maps.Values(a.vms))
+}
+
+func byName(each [][]VMView) []VMView {
 	views := slices.Concat(each...)
 	slices.SortFunc(views, func(x, y VMView) int {
 		return cmp.Or(strings.Compare(x.Name, y.Name), strings.Compare(x.ID, y.ID), cmp.Compare(x.pid(), y.pid()))
 	})
-	return views, d
+	return views
 }
 
 func (v VMView) pid() int {
@@ -90,6 +112,17 @@ func (a *Agent) nameOrigins(ctx context.Context, v *vm, disks []DiskView) error 
 // views returns what is known of a VM: once for each process that claims its
 // identity, once when none runs.
 func (a *Agent) views(ctx context.Context, v *vm) []VMView {
+	return v.lookAt(a.sketch(v)).await(ctx)
+}
+
+// sketch is what is known of a VM without a look at its layers' files.
+type sketch struct {
+	views  []VMView
+	roots  []string // that the paths of each view's layers begin at
+	layers []catalog.Layer
+}
+
+func (a *Agent) sketch(v *vm) sketch {
 	v.mu.Lock()
 	base := VMView{
 		ID: v.id, Name: v.rec.Name, UUID: v.rec.UUID, State: Stopped, FirstSeen: v.rec.FirstSeen,
@@ -109,19 +142,18 @@ func (a *Agent) views(ctx context.Context, v *vm) []VMView {
 	}
 	if len(runs) == 0 {
 		base.Disks = stoppedDisks(disks, layers)
-		v.lookAtLayers(ctx, "", base.Disks, layers)
-		return []VMView{base}
+		return sketch{[]VMView{base}, []string{""}, layers}
 	}
-	views := make([]VMView, len(runs))
-	for i, r := range runs {
-		views[i] = r.view(base)
-		v.lookAtLayers(ctx, r.proc.Root, views[i].Disks, layers)
+	s := sketch{layers: layers}
+	for _, r := range runs {
+		view := r.view(base)
 		if len(runs) > 1 {
-			views[i].Problems = append(views[i].Problems, Problem{"duplicate-identity",
+			view.Problems = append(view.Problems, Problem{"duplicate-identity",
 				"another QEMU process has the same identity", "give each VM a UUID of its own, or stop one of them"})
 		}
+		s.views, s.roots = append(s.views, view), append(s.roots, r.proc.Root)
 	}
-	return views
+	return s
 }
 
 // view adds what the process tells.
@@ -187,21 +219,39 @@ func (d *liveDisk) view(p discover.Process) DiskView {
 	return v
 }
 
-// lookAtLayers adds what the file system and the catalog know of the layers of
-// disks, whose paths begin at root.
-func (v *vm) lookAtLayers(ctx context.Context, root string, disks []DiskView, layers []catalog.Layer) {
-	var paths []string
-	for _, d := range disks {
-		for _, l := range d.Layers {
-			paths = append(paths, root+l.Path)
+// lookingAt is a look at the files of a VM's layers that was begun.
+type lookingAt struct {
+	sketch
+	looks []looked // of each view
+}
+
+// lookAt begins to look at the layers of a sketch.
+func (v *vm) lookAt(s sketch) lookingAt {
+	l := lookingAt{s, make([]looked, len(s.views))}
+	for i, view := range s.views {
+		var paths []string
+		for _, d := range view.Disks {
+			for _, layer := range d.Layers {
+				paths = append(paths, s.roots[i]+layer.Path)
+			}
+		}
+		l.looks[i] = v.stats.begin(paths)
+	}
+	return l
+}
+
+// await returns the views with what the file system and the catalog know of the
+// layers.
+func (l lookingAt) await(ctx context.Context) []VMView {
+	for i, view := range l.views {
+		stats := l.looks[i].await(ctx)
+		for _, d := range view.Disks {
+			for j, layer := range d.Layers {
+				d.Layers[j] = layer.fill(l.roots[i]+layer.Path, stats, l.layers)
+			}
 		}
 	}
-	stats := v.stats.look(ctx, paths)
-	for _, d := range disks {
-		for i, l := range d.Layers {
-			d.Layers[i] = l.fill(root+l.Path, stats, layers)
-		}
-	}
+	return l.views
 }
 
 // stoppedDisks shows the disks of a stopped VM.
@@ -243,7 +293,9 @@ func (a *Agent) Snapshots(ctx context.Context, f SnapshotFilter) ([]SnapshotView
 	if err != nil {
 		return nil, err
 	}
-	shown := slices.DeleteFunc(slices.Clone(all), func(s catalog.Snapshot) bool { return !hasLabels(s.Labels, f.Labels) })
+	shown := slices.DeleteFunc(slices.Clone(all), func(s catalog.Snapshot) bool {
+		return !hasLabels(s.Labels, f.Labels) || f.Visible != nil && !f.Visible(s.VMID, a.vmNameOf(s))
+	})
 	return a.snapshotViews(ctx, shown, all), nil
 }
 

@@ -125,7 +125,7 @@ func (c *cut) dropMemory(ctx context.Context) error {
 	if err := c.endSave(ctx); err != nil {
 		return err
 	}
-	if err := c.memory.remove(); err != nil {
+	if err := c.removeMemory(); err != nil {
 		return err
 	}
 	if err := os.Remove(c.resumedPath()); err != nil && !errors.Is(err, os.ErrNotExist) {

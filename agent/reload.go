@@ -41,13 +41,31 @@ type reloading struct {
 
 // followHost takes in what happens on the host until the watch ends.
 func (a *Agent) followHost(ctx, sessions context.Context, w *discover.Watcher, listed func()) {
+	all := false
+	var first []discover.Process // those that ran already and are not taken in yet, until all are listed
+	takeIn := func() {
+		a.started(sessions, slices.DeleteFunc(first, a.isKnown)...)
+		first = nil
+	}
 	for {
 		select {
 		case e, ok := <-w.Events():
 			if !ok {
 				return
 			}
-			a.happened(ctx, sessions, e, listed)
+			switch e.Kind {
+			case discover.Started:
+				if first = append(first, e.Process); all {
+					takeIn()
+				}
+			case discover.Exited:
+				takeIn() // it may be one of them
+				a.exited(ctx, e.Process)
+			case discover.Listed:
+				takeIn()
+				all = true
+				listed()
+			}
 		case reload := <-a.reloads:
 			a.mu.Lock()
 			a.overrides = reload.overrides
@@ -59,17 +77,11 @@ func (a *Agent) followHost(ctx, sessions context.Context, w *discover.Watcher, l
 	}
 }
 
-func (a *Agent) happened(ctx, sessions context.Context, e discover.Event, listed func()) {
-	switch e.Kind {
-	case discover.Started:
-		if _, r := a.runOf(e.Process); r == nil { // else a reload was the first to see it
-			a.started(sessions, e.Process)
-		}
-	case discover.Exited:
-		a.exited(ctx, e.Process)
-	case discover.Listed:
-		listed()
-	}
+// isKnown reports whether a process was taken in: a reload may have been the first
+// to see it.
+func (a *Agent) isKnown(p discover.Process) bool {
+	_, r := a.runOf(p)
+	return r != nil
 }
 
 // describeAgain looks at the QEMU processes with overrides that are new.

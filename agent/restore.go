@@ -230,7 +230,7 @@ func (r *restore) overlays(ctx context.Context) (err error) {
 		if err := d.makeNames(); err != nil {
 			return r.failure(d, err)
 		}
-		if err := d.overlay().Build(ctx, r.session); err != nil {
+		if err := d.build(ctx, r.session); err != nil {
 			return r.failure(d, err)
 		}
 	}

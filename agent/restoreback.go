@@ -328,7 +328,7 @@ func (r *restore) lockAll(ctx context.Context, d *cutDisk) ([]*blockdev.Lock, er
 	return locks, nil
 }
 
-// overlaysStopped makes the overlays with qemu-img.
+// overlaysStopped makes the overlays' files.
 func (r *restore) overlaysStopped(ctx context.Context) error {
 	if err := r.announceOverlays(ctx); err != nil {
 		return err
@@ -341,10 +341,7 @@ func (r *restore) makeStopped(ctx context.Context) error {
 	for _, d := range r.disks {
 		err := d.makeNames()
 		if err == nil {
-			err = d.overlay().CreateOffline(ctx, d.Prefix)
-		}
-		if err == nil {
-			err = d.overlayDir.SyncFile(d.Overlay)
+			err = d.overlay().Format(ctx, d.overlayDir)
 		}
 		if err != nil {
 			return r.failure(d, err)
@@ -362,6 +359,9 @@ func (a *Agent) recoverRestore(ctx context.Context, o *op.Op, v *vm, rec op.Reco
 			return err
 		}
 		return r.recoverMemoryRestore(ctx)
+	}
+	if err := r.recoverProbe(ctx, entries); err != nil {
+		return err
 	}
 	last, reset, err := r.load(entries)
 	if err != nil || len(r.disks) == 0 {

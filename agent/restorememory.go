@@ -16,8 +16,9 @@ import (
 )
 
 // The journal entries of a restore with memory, beside entryLay and entryReset.
-// Each holds all that is known by then.
+// Each but the probe's holds all that is known by then.
 const (
+	entryProbe  = "probe"  // the VM's unit is about to be changed and put back, to see whether that is allowed
 	entryHold   = "hold"   // the guest is about to be stopped, and its memory to be saved
 	entryEnd    = "end"    // its QEMU process is about to be ended
 	entryLaunch = "launch" // the launch paths lead to the overlays; a QEMU that waits is about to be started
@@ -62,10 +63,10 @@ func (r *restore) withMemory(ctx context.Context, s catalog.Snapshot, p *restore
 	}
 	r.o.Plan(r.stepsWithMemory())
 	err := r.o.Step(ctx, "verify", func(ctx context.Context) error {
-		if err := m.New.Probe(ctx); err != nil || m.Path == "" {
+		if err := r.probe(ctx, m.New); err != nil || m.Path == "" {
 			return err
 		}
-		return verifySaved(ctx, s, func(done, total uint64) { r.o.Progress(done, total, "bytes") })
+		return r.verifySaved(ctx, s, func(done, total uint64) { r.o.Progress(done, total, "bytes") })
 	})
 	if err != nil {
 		return err
@@ -76,6 +77,9 @@ func (r *restore) withMemory(ctx context.Context, s catalog.Snapshot, p *restore
 	r.o.RevertAtLength("take the restore back", r.untilBack)
 	if m.Former != nil {
 		if err := r.o.Step(ctx, "save", r.saveFormer); err != nil {
+			return err
+		}
+		if err := r.packFormer(ctx); err != nil {
 			return err
 		}
 		if err := r.o.Step(ctx, "end", r.endFormer); err != nil {
@@ -97,6 +101,16 @@ func (r *restore) withMemory(ctx context.Context, s catalog.Snapshot, p *restore
 	}
 	r.o.DropReverts()
 	return r.goOnRestored(whole)
+}
+
+// probe finds out whether the QEMU of a specification may be started.
+func (r *restore) probe(ctx context.Context, spec launch.Spec) error {
+	if spec.Launcher == launch.Unit {
+		if err := r.o.Journal(ctx, entryProbe, spec); err != nil {
+			return err
+		}
+	}
+	return spec.Probe(ctx)
 }
 
 // startAnew starts the QEMU of the restored state, and has it load its memory. Of
@@ -124,6 +138,9 @@ func (r *restore) stepsWithMemory() int {
 	n := 9 // preflight, verify, overlays, point, launch, load, resume, settle, commit
 	if r.Memory.Former != nil {
 		n += 2 // save, end
+	}
+	if r.memory != nil && r.memory.Recipient != "" {
+		n++ // encrypt
 	}
 	switch r.Memory.Anew {
 	case AnewBoots:
@@ -198,10 +215,20 @@ func (r *restore) saveFormer(ctx context.Context) (err error) {
 	if m.Pause, err = m.save.Cut(ctx, func(context.Context) error { return nil }, r.memoryProgress); err != nil {
 		return r.memoryFailed(err)
 	}
-	if err := r.saveMemory(ctx); err != nil {
+	return r.saveMemory(ctx)
+}
+
+// packFormer encrypts what was saved of the state before, if it is to be. Until then
+// the guest can go on where it is.
+func (r *restore) packFormer(ctx context.Context) error {
+	m := r.memory
+	if m == nil {
+		return nil
+	}
+	if err := r.packMemory(ctx); err != nil {
 		return err
 	}
-	f.Saved = m.saved
+	r.Memory.Former.Saved = m.saved
 	return nil
 }
 
@@ -304,8 +331,12 @@ func (r *restore) loadInto(ctx context.Context, run *run, path string) error {
 		return fault.New(kindOf(err), "VM %s: memory file %s: %w", r.vm.name(), path, err)
 	}
 	defer func() { _ = root.Close() }()
+	key, err := r.keyFor(root, path)
+	if err != nil {
+		return fault.New(kindOf(err), "VM %s: %w", r.vm.name(), err)
+	}
 	err = memdump.Load(ctx, memdump.LoadConfig{
-		Session: s, Dir: root, Name: name, ID: r.o.ID(), Progress: func(done, total uint64) { r.o.Progress(done, total, "bytes") },
+		Session: s, Dir: root, Name: name, Key: key, ID: r.o.ID(), Progress: func(done, total uint64) { r.o.Progress(done, total, "bytes") },
 	})
 	if errors.Is(err, memdump.ErrLoad) {
 		said := ""

@@ -76,7 +76,7 @@ func (r *restore) dropSaved() error {
 		return err
 	}
 	defer func() { _ = root.Close() }()
-	return memdump.Remove(root, f.Name)
+	return r.forgetPlain(memdump.Remove(root, f.Name))
 }
 
 // endLaunched ends what was started for the restore, of whose guest nothing has
@@ -247,6 +247,22 @@ func (r *restore) loadMemoryRestore(entries []op.Entry) (bool, error) {
 		r.keepsAs(last.Name)
 	}
 	return r.Memory != nil, nil
+}
+
+// recoverProbe takes back what was left of a VM's unit that was only tried. What was
+// done later is taken back with the rest.
+func (r *restore) recoverProbe(ctx context.Context, entries []op.Entry) error {
+	for _, e := range entries {
+		if e.Kind != entryProbe {
+			continue
+		}
+		var spec launch.Spec
+		if err := json.Unmarshal(e.Data, &spec); err != nil {
+			return err
+		}
+		return r.untilRecovered(ctx, r.o, spec.Clear)
+	}
+	return nil
 }
 
 // recoverMemoryRestore brings a restore with memory to its end whose agent is

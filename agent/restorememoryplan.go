@@ -49,7 +49,7 @@ func (a *Agent) planRestoreMemory(ctx context.Context, v *vm, s catalog.Snapshot
 	if req.Memory {
 		p.load.Path = s.Memory.Path
 		p.restore.Memory.Path, p.restore.Memory.Size = s.Memory.Path, s.Memory.Size
-		if err := inspectMemory(s); err != nil {
+		if err := a.inspectMemory(s); err != nil {
 			p.refuse(err)
 		}
 	}
@@ -98,13 +98,13 @@ func wholeWithMemory(v *vm, s catalog.Snapshot, req RestoreRequest) (c configura
 	return c, nil
 }
 
-// inspectMemory returns why a snapshot's memory file cannot be loaded, or nil. All
-// of it is read before anything is done.
-func inspectMemory(s catalog.Snapshot) *fault.Error {
+// inspectMemory returns why a snapshot's memory file cannot be loaded, or nil, by
+// its header and the key that it needs. All of it is read before anything is done.
+func (a *Agent) inspectMemory(s catalog.Snapshot) *fault.Error {
 	name := s.VMName + "/" + s.Name
 	root, err := openMemoryDir(filepath.Dir(s.Memory.Path))
 	if err == nil {
-		_, _, err = memdump.Inspect(root, filepath.Base(s.Memory.Path))
+		_, err = a.keyFor(root, s.Memory.Path)
 		err = errors.Join(err, root.Close())
 	}
 	switch {
@@ -180,6 +180,11 @@ func (a *Agent) planFormer(ctx context.Context, v *vm, req RestoreRequest, p *re
 			v.name(), strings.Join(ids, ", ")).WithHint("unplug it, or give the present state up: %s", req.givesUp()))
 		return nil
 	}
+	recipient, refused := a.memoryRecipient()
+	if refused != nil {
+		p.refuse(refused.About(v.name()).WithHint("put the key right, or give the present state up: %s", req.givesUp()))
+		return nil
+	}
 	facts, err := memdump.Probe(ctx, s, p.run.proc.PID)
 	if err != nil {
 		return fault.New(kindOf(err), "VM %s: %w", v.name(), err)
@@ -190,7 +195,8 @@ func (a *Agent) planFormer(ctx context.Context, v *vm, req RestoreRequest, p *re
 	}
 	p.memory = &memory{
 		Dir: a.memoryDir(p.disks[0]), Strategy: memdump.Stopped, Reason: "the guest is stopped for the restore", RAM: facts.RAM,
-		facts: facts, reserve: facts.Reserve(),
+		Recipient: recipient,
+		facts:     facts, reserve: facts.Reserve(),
 	}
 	p.restore.Memory.Saved, p.restore.Memory.Reserve = p.memory.Dir, p.memory.reserve
 	return p.placeMemory(v)

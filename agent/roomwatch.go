@@ -72,6 +72,9 @@ func (w *roomWatch) follow(ctx context.Context) {
 // look looks at the disks once, and returns when it is to be looked again. While an
 // operation runs that may put a new layer on a disk, QEMU is asked each time.
 func (w *roomWatch) look(ctx context.Context) time.Duration {
+	if w.run.hushed() {
+		return roomLookSoon
+	}
 	_, busy := w.ops.Running(w.vm.id)
 	stuck := w.run.isStuck()
 	if w.outdated || busy || stuck {

@@ -42,6 +42,7 @@ type run struct {
 	saving   bool                 // an operation of ours saves its memory
 	saved    bool                 // one has, and the guest has not run since: postmigrate is no migration
 	tight    map[string]tightness // disks that may run out of space soon, by device
+	quiet    time.Time            // until when QEMU is asked for nothing that can wait
 	stuck    string               // why QEMU has stopped the guest for want of space; empty while it has not
 
 	roomNews chan struct{} // holds one token when something was heard that concerns the room of the disks
@@ -210,6 +211,29 @@ func (a *Agent) registerLater(ctx context.Context, v *vm, r *run, s *monitor.Ses
 	r.lookAtRoom()
 }
 
+const (
+	// hushWindow is for a freeze window or a pause of the guest. What is shown of the
+	// VM meanwhile is not the newest, which one that takes longer is not worth.
+	hushWindow = 2 * time.Second
+	// hushAfter is for a guest that runs again and catches up: its CPUs and whoever
+	// answers a question wait for the same lock of QEMU's.
+	hushAfter = 300 * time.Millisecond
+)
+
+// hush has QEMU asked for nothing that can wait, for so long from now. It takes
+// microseconds for each byte that it is sent, and does nothing else meanwhile.
+func (r *run) hush(d time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.quiet = time.Now().Add(d)
+}
+
+func (r *run) hushed() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return time.Now().Before(r.quiet)
+}
+
 // passing is how often a run state is asked for that QEMU leaves without an
 // event, such as finish-migrate.
 const passing = 100 * time.Millisecond
@@ -258,6 +282,10 @@ func (a *Agent) followEvents(ctx context.Context, v *vm, r *run, s *monitor.Sess
 			}
 		}
 		if !status {
+			continue
+		}
+		if r.hushed() {
+			again = time.After(passing)
 			continue
 		}
 		if err := r.refreshStatus(ctx, s); err != nil {

@@ -209,3 +209,38 @@ func TestLostEventsAreMadeUpFor(t *testing.T) {
 	}
 	<-ended
 }
+
+// TestWindowsAreNotAskedInto has QEMU tell of its run state while an operation keeps
+// its guest waiting: it is asked what that means afterwards.
+func TestWindowsAreNotAskedInto(t *testing.T) {
+	srv := monitortest.NewServer(t)
+	asked := make(chan time.Time, 16)
+	srv.Handle("query-status", func(monitortest.Request) monitortest.Reply {
+		asked <- time.Now()
+		return monitortest.Return(monitor.Status{Status: monitor.RunStatePaused})
+	})
+	session, err := monitor.Dial(t.Context(), srv.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = session.Close() })
+	a := &Agent{log: hclog.NewNullLogger()}
+	r := newRun(self(t))
+	events := session.Subscribe(16)
+	followed := make(chan struct{})
+	go func() { defer close(followed); a.followEvents(t.Context(), &vm{}, r, session, events) }()
+	t.Cleanup(func() { events.Close(); <-followed })
+
+	const window = 400 * time.Millisecond
+	began := time.Now()
+	r.hush(window)
+	srv.Emit("STOP", nil)
+	select {
+	case at := <-asked:
+		if at.Sub(began) < window {
+			t.Errorf("it was asked after %s", at.Sub(began))
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it was never asked")
+	}
+}

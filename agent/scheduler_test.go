@@ -75,7 +75,7 @@ func (h *scheduledHost) create(ctx context.Context, req SnapshotRequest) (op.Rec
 		takes := h.takes
 		h.mu.Unlock()
 		select {
-		case <-time.After(takes):
+		case <-time.After(takes): // by the bubble's clock
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -172,9 +172,9 @@ func TestScheduleRuns(t *testing.T) {
 		h.start()
 		h.make(ScheduleSpec{VM: "web", Timing: hourly()})
 		h.make(ScheduleSpec{Name: "all", Selector: "*", Timing: schedule.Timing{Kind: schedule.Daily, Hour: 1}, NameTemplate: "{{.Schedule}}-{{.VM}}-{{.Date}}"})
-		time.Sleep(29 * time.Minute)
+		time.Sleep(29 * time.Minute) // by the bubble's clock
 		h.want()
-		time.Sleep(91*time.Minute + time.Second)
+		time.Sleep(91*time.Minute + time.Second) // by the bubble's clock
 		h.stop()
 		got := h.names()
 		want := []string{"web/20000101T003000Z", "all", "all", "web/20000101T013000Z"}
@@ -199,13 +199,13 @@ func TestScheduleAfterAStop(t *testing.T) {
 			h := newScheduledHost(t, dir, "web")
 			h.start()
 			h.make(ScheduleSpec{VM: "web", Timing: hourly(), Missed: c.missed})
-			time.Sleep(31 * time.Minute)
+			time.Sleep(31 * time.Minute) // by the bubble's clock
 			h.want("web/20000101T003000Z")
 			h.stop()
-			time.Sleep(2*time.Hour + 20*time.Minute)
+			time.Sleep(2*time.Hour + 20*time.Minute) // by the bubble's clock
 			h = newScheduledHost(t, dir, "web")
 			h.start()
-			time.Sleep(time.Hour)
+			time.Sleep(time.Hour) // by the bubble's clock
 			h.want(c.want...)
 			if told := h.told(event.ScheduleMissed); len(told) != 1 {
 				t.Errorf("told %v", told)
@@ -233,12 +233,12 @@ func TestScheduleGoesOnWithARunThatWasDue(t *testing.T) {
 		h.stop()
 		h = newScheduledHost(t, dir, "web")
 		h.start()
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) // by the bubble's clock
 		h.want("web/20000101T003000Z")
 		h.stop()
 		h = newScheduledHost(t, dir, "web")
 		h.start()
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) // by the bubble's clock
 		h.want()
 		h.stop()
 	})
@@ -250,14 +250,14 @@ func TestScheduleOverClockJumps(t *testing.T) {
 		h := newScheduledHost(t, t.TempDir(), "web")
 		h.start()
 		h.make(ScheduleSpec{VM: "web", Timing: hourly()})
-		time.Sleep(31 * time.Minute)
+		time.Sleep(31 * time.Minute)                  // by the bubble's clock
 		h.set(func() { h.ahead = -10 * time.Minute }) // over the run
-		time.Sleep(20 * time.Minute)
+		time.Sleep(20 * time.Minute)                  // by the bubble's clock
 		h.want("web/20000101T003000Z")
 		h.set(func() { h.ahead = 10 * 365 * 24 * time.Hour })
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) // by the bubble's clock
 		h.set(func() { h.ahead = 0 })
-		time.Sleep(70 * time.Minute)
+		time.Sleep(70 * time.Minute) // by the bubble's clock
 		got := h.names()
 		if len(got) != 3 || !strings.HasPrefix(got[1], "web/2009") || got[2] != "web/20000101T013000Z" {
 			t.Errorf("got %v", got)
@@ -281,7 +281,7 @@ func TestScheduleOverlaps(t *testing.T) {
 			h.takes = 150 * time.Minute
 			h.start()
 			h.make(ScheduleSpec{VM: "web", Timing: hourly(), Overlap: c.overlap})
-			time.Sleep(3*time.Hour + 45*time.Minute)
+			time.Sleep(3*time.Hour + 45*time.Minute) // by the bubble's clock
 			h.want(c.want...)
 			told := fmt.Sprint(h.told(event.ScheduleSkipped))
 			if !strings.Contains(told, "the run of 2000-01-01 02:30:00 UTC is skipped") || !strings.Contains(told, c.skipped) {
@@ -304,13 +304,13 @@ func TestSchedulePauseEditDelete(t *testing.T) {
 		if _, err := h.PauseSchedule(ctx, "s", true); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(100 * time.Minute)
+		time.Sleep(100 * time.Minute) // by the bubble's clock
 		view, err := h.PauseSchedule(ctx, "s", false)
 		if err != nil || view.Paused {
 			t.Fatal(view, err)
 		}
-		time.Sleep(10 * time.Minute)
-		h.want() // nothing is caught up
+		time.Sleep(10 * time.Minute) // by the bubble's clock
+		h.want()                     // nothing is caught up
 		spec := view.Spec
 		spec.Timing.Minute = 55
 		if _, err = h.EditSchedule(ctx, "s", spec, view.Revision-1); fault.Of(err) != fault.Busy {
@@ -319,12 +319,12 @@ func TestSchedulePauseEditDelete(t *testing.T) {
 		if _, err = h.EditSchedule(ctx, "s", spec, view.Revision); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(10 * time.Minute)
+		time.Sleep(10 * time.Minute) // by the bubble's clock
 		h.want("web/20000101T015500Z")
 		if err := h.DeleteSchedule(ctx, view.ID); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(2 * time.Hour)
+		time.Sleep(2 * time.Hour) // by the bubble's clock
 		h.want("web/20000101T015500Z")
 		want := []string{
 			"web: schedule s: made: hourly at :30, UTC", "web: schedule s: paused", "web: schedule s: resumed", "web: schedule s: edited: hourly at :55, UTC",
@@ -357,7 +357,7 @@ func TestScheduleJitter(t *testing.T) {
 		if len(minutes) < 10 {
 			t.Errorf("20 VMs run in %d minutes", len(minutes))
 		}
-		time.Sleep(3*time.Hour + time.Minute)
+		time.Sleep(3*time.Hour + time.Minute) // by the bubble's clock
 		synctest.Wait()
 		if got := h.names(); len(got) != 20 {
 			t.Errorf("%d are taken", len(got))
@@ -386,7 +386,7 @@ func TestScheduleRetention(t *testing.T) {
 		h.start()
 		h.make(ScheduleSpec{VM: "web", Timing: hourly(), Retention: schedule.Retention{Last: 3}})
 		h.make(ScheduleSpec{Name: "kept", VM: "web", Timing: schedule.Timing{Kind: schedule.Hourly, Minute: 10}, Snapshot: SnapshotRequest{Labels: map[string]string{"keep": "yes"}}, Retention: schedule.Retention{Last: 1}})
-		time.Sleep(5 * time.Hour)
+		time.Sleep(5 * time.Hour) // by the bubble's clock
 		synctest.Wait()
 		all, err := h.catalog.Snapshots(t.Context(), "")
 		if err != nil {
@@ -497,12 +497,12 @@ func TestExpiry(t *testing.T) {
 			slices.Sort(all)
 			return all
 		}
-		time.Sleep(59 * time.Minute)
+		time.Sleep(59 * time.Minute) // by the bubble's clock
 		synctest.Wait()
 		if len(names()) != 4 || len(deleter.asked()) > 0 {
 			t.Errorf("too early: %q", names())
 		}
-		time.Sleep(15 * time.Minute)
+		time.Sleep(15 * time.Minute) // by the bubble's clock
 		synctest.Wait()
 		if diff := cmp.Diff([]string{"kept", "never", "years"}, names()); diff != "" {
 			t.Error(diff)
@@ -525,7 +525,7 @@ func TestTakenAndComingRuns(t *testing.T) {
 		h := newScheduledHost(t, t.TempDir(), "web", "db")
 		h.start()
 		h.make(ScheduleSpec{Selector: "*", Timing: hourly()})
-		time.Sleep(95 * time.Minute)
+		time.Sleep(95 * time.Minute) // by the bubble's clock
 		synctest.Wait()
 		taken, err := h.TakenRuns(t.Context(), RunFilter{VM: "web", Schedule: "s"})
 		if err != nil || len(taken) != 2 || taken[0].Name != "20000101T013000Z" || taken[0].Result != op.Succeeded || taken[0].State != catalog.RunBegun {

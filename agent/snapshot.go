@@ -150,6 +150,7 @@ func (c *cut) take(ctx context.Context, cannotFreeze string) error {
 			err = errors.Join(err, c.release(whole))
 		}
 	}
+	c.run.hush(hushAfter)
 	defer c.hooks.after(whole) // when it has not come to where they belong
 	if err == nil {
 		err = c.joinEnd(whole)
@@ -177,8 +178,8 @@ func (c *cut) steps(cannotFreeze string) int {
 	if c.memory != nil {
 		n += 2 // target, memory
 	}
-	if c.req.Compress {
-		n++
+	if c.req.Compress || c.memory != nil && c.memory.Recipient != "" {
+		n++ // compress or encrypt
 	}
 	return n + c.hooks.count(hook.PreFreeze, hook.PostThaw, hook.PostSnapshot)
 }
@@ -206,6 +207,7 @@ func (c *cut) toCut(ctx context.Context, cannotFreeze string) error {
 	if err := c.joinFreeze(ctx); err != nil {
 		return err
 	}
+	c.run.hush(hushWindow)
 	if c.guard != nil {
 		if err := c.o.Step(ctx, "freeze", c.freezeGuest); err != nil {
 			return err
@@ -214,6 +216,7 @@ func (c *cut) toCut(ctx context.Context, cannotFreeze string) error {
 	if err := c.joinCut(ctx); err != nil {
 		return err
 	}
+	c.run.hush(hushWindow)
 	if c.memory != nil {
 		return c.o.Step(ctx, "cut", c.transactWithMemory)
 	}
@@ -271,7 +274,7 @@ func (c *cut) buildOne(ctx context.Context, d *cutDisk) error {
 		return err
 	}
 	c.o.Revert("remove overlay "+d.Overlay, func(ctx context.Context) error { return c.unbuild(ctx, d) })
-	err := d.overlay().Build(ctx, c.session)
+	err := d.build(ctx, c.session)
 	if err == nil {
 		return nil
 	}

@@ -57,7 +57,7 @@ type DiskUsage struct {
 // Usage returns what the VMs take, by name. File systems that do not answer
 // within statPatience are told as they were last seen.
 func (a *Agent) Usage(ctx context.Context) []VMUsage {
-	views, _ := a.VMs(ctx)
+	views := a.sketches()
 	groups := a.ownGroups()
 	ctx, cancel := context.WithTimeout(ctx, statPatience)
 	defer cancel()

@@ -165,7 +165,7 @@ func (c *cut) takeStopped(ctx context.Context, offline bool) (err error) {
 	return nil
 }
 
-// buildStopped makes the overlays with qemu-img.
+// buildStopped makes the overlays' files.
 func (c *cut) buildStopped(ctx context.Context) error {
 	for i, d := range c.disks {
 		d.name(c.o.ID(), i)
@@ -178,10 +178,7 @@ func (c *cut) buildStopped(ctx context.Context) error {
 			return c.failure(d, err)
 		}
 		c.o.Revert("remove overlay "+d.Overlay, func(context.Context) error { return d.removeNames() })
-		if err := d.overlay().CreateOffline(ctx, d.Prefix); err != nil {
-			return c.failure(d, err)
-		}
-		if err := d.overlayDir.SyncFile(d.Overlay); err != nil {
+		if err := d.overlay().Format(ctx, d.overlayDir); err != nil {
 			return c.failure(d, err)
 		}
 	}

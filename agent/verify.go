@@ -35,16 +35,16 @@ func (a *Agent) VerifySnapshot(ctx context.Context, ref string, uid uint32) (op.
 	return a.begin(ctx, spec, func(ctx context.Context, o *op.Op) error {
 		o.SetSnapshot(s.ID)
 		return o.Step(ctx, "memory", func(ctx context.Context) error {
-			return verifySaved(ctx, s.Snapshot, func(done, total uint64) { o.Progress(done, total, "bytes") })
+			return a.verifySaved(ctx, s.Snapshot, func(done, total uint64) { o.Progress(done, total, "bytes") })
 		})
 	})
 }
 
 // verifySaved reads all of a snapshot's memory, and compares it with what was
 // recorded when it was saved.
-func verifySaved(ctx context.Context, s catalog.Snapshot, progress func(done, total uint64)) error {
+func (a *Agent) verifySaved(ctx context.Context, s catalog.Snapshot, progress func(done, total uint64)) error {
 	name := s.VMName + "/" + s.Name
-	sum, err := verifyMemory(ctx, s.Memory.Path, progress)
+	sum, err := a.verifyMemory(ctx, s.Memory.Path, progress)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return fault.New(fault.NotFound, "snapshot %s: its memory file %s is gone", name, s.Memory.Path).
@@ -58,12 +58,16 @@ func verifySaved(ctx context.Context, s catalog.Snapshot, progress func(done, to
 	return nil
 }
 
-func verifyMemory(ctx context.Context, path string, progress func(done, total uint64)) (memdump.Sum, error) {
+func (a *Agent) verifyMemory(ctx context.Context, path string, progress func(done, total uint64)) (memdump.Sum, error) {
 	dir, err := os.OpenRoot(filepath.Dir(path))
 	if err != nil {
 		return memdump.Sum{}, err
 	}
 	defer func() { _ = dir.Close() }()
-	_, sum, err := memdump.Verify(ctx, dir, filepath.Base(path), progress)
+	key, err := a.keyFor(dir, path)
+	if err != nil {
+		return memdump.Sum{}, err
+	}
+	_, sum, err := memdump.Verify(ctx, dir, filepath.Base(path), key, progress)
 	return sum, err
 }

@@ -199,6 +199,7 @@ type PlanMemory struct {
 	Directory string // where the file is made
 	Free      uint64 // there
 	Reserve   uint64 // set aside for the file
+	Recipient string // that it would be encrypted to; "" when it is not
 	RAM       uint64
 	Bytes     uint64 // predicted size of what is saved
 	Duration  time.Duration
@@ -228,15 +229,17 @@ const (
 
 // SnapshotFilter chooses snapshots.
 type SnapshotFilter struct {
-	VM     string // all when empty
-	Labels map[string]string
+	VM      string // all when empty
+	Labels  map[string]string
+	Visible Visible
 }
 
 // OperationFilter chooses operations.
 type OperationFilter struct {
-	VM     string
-	Active bool
-	Limit  int // 0: 100
+	VM      string
+	Active  bool
+	Visible Visible
+	Limit   int // 0: 100
 }
 
 // SnapshotView is a snapshot with the layers that it names.

@@ -165,24 +165,41 @@ func (a *Agent) reload(ctx context.Context, v *vm) error {
 	return nil
 }
 
-// started takes a QEMU process in.
-func (a *Agent) started(ctx context.Context, p discover.Process) {
-	p, managed := a.describe(p)
-	if !managed {
-		a.log.Debug("a QEMU process is left alone", "vm", displayName(p), "pid", p.PID)
+// started takes QEMU processes in. They are recorded together: each commit waits for
+// the disk, and a host may have many.
+func (a *Agent) started(ctx context.Context, processes ...discover.Process) {
+	var managed []discover.Process
+	var vms []catalog.VM
+	now := time.Now()
+	for _, p := range processes {
+		p, ours := a.describe(p)
+		if !ours {
+			a.log.Debug("a QEMU process is left alone", "vm", displayName(p), "pid", p.PID)
+			continue
+		}
+		managed = append(managed, p)
+		vms = append(vms, catalog.VM{
+			Name: displayName(p), UUID: p.UUID, Identity: identity(p), Unit: p.Cgroup.Unit,
+			FirstSeen: now, LastSeen: now, Command: p.Args,
+		})
+	}
+	if len(vms) == 0 {
 		return
 	}
 	a.recording.Lock()
 	defer a.recording.Unlock()
-	now := time.Now()
-	rec, err := a.catalog.UpsertVM(ctx, catalog.VM{
-		Name: displayName(p), UUID: p.UUID, Identity: identity(p), Unit: p.Cgroup.Unit,
-		FirstSeen: now, LastSeen: now, Command: p.Args,
-	})
-	if err != nil {
-		a.log.Error("a VM that started cannot be recorded", "vm", displayName(p), "pid", p.PID, "error", err)
-		return
+	recs, err := a.catalog.UpsertVMs(ctx, vms)
+	for i, p := range managed {
+		if err != nil {
+			a.log.Error("a VM that started cannot be recorded", "vm", displayName(p), "pid", p.PID, "error", err)
+			continue
+		}
+		a.joined(ctx, recs[i], p)
 	}
+}
+
+// joined gives a process to its VM, and follows it.
+func (a *Agent) joined(ctx context.Context, rec catalog.VM, p discover.Process) {
 	a.mu.Lock()
 	v, known := a.vms[rec.ID], true
 	if v == nil {

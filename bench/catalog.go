@@ -32,13 +32,12 @@ type large struct {
 	lists     []time.Duration // of one VM's snapshots
 }
 
-// measureCatalog measures vmsnapd with a catalog of many snapshots.
+// measureCatalog measures vmsnapd with a catalog of ever more snapshots.
 func measureCatalog(ctx context.Context, c config, r *report, qemu string) (err error) {
-	vms := catalogVMs
+	sizes := []int{catalogVMs / 5, catalogVMs / 2, catalogVMs}
 	if c.short {
-		vms /= catalogShort
+		sizes = []int{catalogVMs / catalogShort}
 	}
-	progress("%d snapshots in the catalog", vms*catalogSnapshots)
 	dir, err := os.MkdirTemp("", "vmsnap-bench-")
 	if err != nil {
 		return err
@@ -48,15 +47,30 @@ func measureCatalog(ctx context.Context, c config, r *report, qemu string) (err 
 	if err := os.Mkdir(state, 0o700); err != nil {
 		return err
 	}
-	if err := fillCatalog(ctx, state, vms); err != nil {
-		return fmt.Errorf("fill the catalog: %w", err)
+	filled := 0
+	for _, vms := range sizes {
+		one := large{snapshots: vms * catalogSnapshots}
+		progress("%d snapshots in the catalog", one.snapshots)
+		if err := fillCatalog(ctx, state, filled, vms); err != nil {
+			return fmt.Errorf("fill the catalog: %w", err)
+		}
+		filled = vms
+		if err := one.measure(ctx, dir, vms); err != nil {
+			return err
+		}
+		r.addCatalog(qemu, one)
 	}
+	return nil
+}
+
+// measure measures a vmsnapd whose catalog has so many VMs.
+func (one *large) measure(ctx context.Context, dir string, vms int) (err error) {
 	d, err := daemon.Start(ctx, daemon.Config{Binary: vmsnapdPath, Dir: dir})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.Stop()) }()
-	one := large{snapshots: vms * catalogSnapshots, ready: d.Ready}
+	one.ready = d.Ready
 	u, err := usageOf(d.PID())
 	if err != nil {
 		return err
@@ -73,19 +87,19 @@ func measureCatalog(ctx context.Context, c config, r *report, qemu string) (err 
 		}
 		one.lists = append(one.lists, time.Since(began))
 	}
-	r.addCatalog(qemu, one)
 	return nil
 }
 
 func catalogVM(i int) string { return fmt.Sprintf("vm%04d", i) }
 
-func fillCatalog(ctx context.Context, dir string, vms int) (err error) {
+// fillCatalog adds VMs from one number up to another.
+func fillCatalog(ctx context.Context, dir string, from, to int) (err error) {
 	cat, err := catalog.Open(ctx, dir, hclog.NewNullLogger())
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, cat.Close()) }()
-	for i := range vms {
+	for i := from; i < to; i++ {
 		if err := cat.Update(ctx, func(tx *catalog.Tx) error { return fillVM(ctx, tx, catalogVM(i)) }); err != nil {
 			return err
 		}

@@ -21,6 +21,14 @@
 // what QEMU alone does, with the null device and with a file, and with what the
 // disk takes (floors.go).
 //
-// The table and the raw runs, which benchstat reads, are left in
-// bench/results/DATE-HOST.
+// The memory is loaded by a restore, and by QEMU alone from a file of its own
+// (load.go).
+//
+// How all of it grows is measured with ever more VMs (scale.go): with idle QEMU
+// processes (fleet.go), and with VMs that have a process and sockets and no QEMU,
+// of which a host can have thousands (scripted.go); and with ever more snapshots
+// in the catalog (catalog.go).
+//
+// The table, the raw runs, which benchstat reads, and plots of them (plots.go) are
+// left in bench/results/DATE-HOST.
 package main

@@ -7,11 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"syscall"
 	"time"
-
-	"github.com/prometheus/procfs"
 
 	"github.com/vmsnap/vmsnap/internal/testvm"
 )
@@ -23,34 +19,48 @@ type fleet struct {
 	dir     string
 	qemu    testvm.QEMU
 	members []*member
-	starts  chan *member // to the thread that all are children of
+	parent  *parent
 }
 
-// member is one QEMU of a fleet.
+// member is one VM of a fleet, and its process.
 type member struct {
 	name, uuid string
 	cmd        *exec.Cmd
-	started    chan error
+}
+
+// newMember names the i-th VM of those that are called so.
+func newMember(kind string, i int) *member {
+	return &member{name: fmt.Sprintf("%s%04d", kind, i), uuid: fmt.Sprintf("00000000-0000-4000-8000-%012d", i)}
+}
+
+// uuidsOf returns the UUIDs by name.
+func uuidsOf(members []*member) map[string]string {
+	all := map[string]string{}
+	for _, m := range members {
+		all[m.name] = m.uuid
+	}
+	return all
+}
+
+// endAll kills the processes of VMs.
+func endAll(members []*member) {
+	for _, m := range members {
+		_ = m.cmd.Process.Kill() // fails only if it has ended
+	}
+	for _, m := range members {
+		_ = m.cmd.Wait() // it was killed
+	}
 }
 
 // withDisk is how many of a fleet have a disk.
-const withDisk = 100
+const withDisk = atOnce
 
 func newFleet(q testvm.QEMU) (*fleet, error) {
 	dir, err := os.MkdirTemp("", "vmsnap-bench-")
 	if err != nil {
 		return nil, err
 	}
-	f := &fleet{dir: dir, qemu: q, starts: make(chan *member)}
-	go func() {
-		// The kernel takes the thread that started a process for its parent,
-		// whose end is the process's: none is left behind.
-		runtime.LockOSThread()
-		for m := range f.starts {
-			m.started <- m.cmd.Start()
-		}
-	}()
-	return f, nil
+	return &fleet{dir: dir, qemu: q, parent: newParent()}, nil
 }
 
 // grow has the fleet be so many, and returns when the last has a monitor.
@@ -72,50 +82,53 @@ func (f *fleet) socket(m *member) string { return filepath.Join(f.dir, m.name+".
 
 func (f *fleet) add(ctx context.Context) error {
 	i := len(f.members)
-	m := &member{name: fmt.Sprintf("vm%04d", i), uuid: fmt.Sprintf("00000000-0000-4000-8000-%012d", i), started: make(chan error)}
+	m := newMember("vm", i)
 	args := append([]string{}, f.qemu.Args...)
 	args = append(args, "-name", m.name, "-uuid", m.uuid, "-S", "-display", "none", "-nodefaults",
 		"-qmp", "unix:"+f.socket(m)+",server=on,wait=off")
 	if i < withDisk {
 		image := filepath.Join(f.dir, m.name+".qcow2")
-		if out, err := exec.CommandContext(ctx, f.qemu.Img, "create", "-q", "-f", "qcow2", image, "8M").CombinedOutput(); err != nil {
-			return fmt.Errorf("qemu-img create: %w: %s", err, out)
+		if err := createImage(ctx, f.qemu, image); err != nil {
+			return err
 		}
-		args = append(args, "-machine", "pc,accel=tcg", "-m", "16",
-			"-drive", "file="+image+",if=none,id=drive-root,format=qcow2", "-device", "virtio-blk-pci,drive=drive-root,id=root")
+		args = append(args, smallMachine(image)...)
 	} else {
 		args = append(args, "-machine", "none")
 	}
 	m.cmd = exec.Command(f.qemu.Binary, args...)
-	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	f.starts <- m
-	if err := <-m.started; err != nil {
+	if err := f.parent.start(m.cmd); err != nil {
 		return err
 	}
 	f.members = append(f.members, m)
 	return nil
 }
 
+// createImage makes an empty image of a small disk.
+func createImage(ctx context.Context, q testvm.QEMU, path string) error {
+	if out, err := exec.CommandContext(ctx, q.Img, "create", "-q", "-f", "qcow2", path, "8M").CombinedOutput(); err != nil {
+		return fmt.Errorf("qemu-img create: %w: %s", err, out)
+	}
+	return nil
+}
+
+// smallMachine returns the arguments of a machine with one disk.
+func smallMachine(image string) []string {
+	return []string{
+		"-machine", "pc,accel=tcg", "-m", "16",
+		"-drive", "file=" + image + ",if=none,id=drive-root,format=qcow2", "-device", "virtio-blk-pci,drive=drive-root,id=root",
+	}
+}
+
 // end kills all of them and takes their files away.
 func (f *fleet) end() error {
-	for _, m := range f.members {
-		_ = m.cmd.Process.Kill() // fails only if it has ended
-	}
-	for _, m := range f.members {
-		_ = m.cmd.Wait() // it was killed
-	}
-	close(f.starts)
+	endAll(f.members)
+	f.parent.end()
 	return testvm.RemoveAll(f.dir)
 }
 
-// uuids returns the UUIDs by name.
-func (f *fleet) uuids() map[string]string {
-	all := map[string]string{}
-	for _, m := range f.members {
-		all[m.name] = m.uuid
-	}
-	return all
-}
+func (f *fleet) vms() map[string]string { return uuidsOf(f.members) }
+
+func (f *fleet) home() string { return f.dir }
 
 // fleetInterval is the time between two looks at what announces nothing.
 const fleetInterval = 20 * time.Millisecond
@@ -131,27 +144,4 @@ func awaitFile(ctx context.Context, path string) error {
 		case <-time.After(fleetInterval):
 		}
 	}
-}
-
-// usage is what a process has used and uses.
-type usage struct {
-	cpu      time.Duration // of user and system, since its start
-	resident int64         // bytes
-	files    int           // descriptors
-	threads  int
-}
-
-func usageOf(pid int) (usage, error) {
-	p, err := procfs.NewProc(pid)
-	if err != nil {
-		return usage{}, err
-	}
-	stat, err := p.Stat()
-	if err != nil {
-		return usage{}, err
-	}
-	files, err := p.FileDescriptorsLen()
-	return usage{
-		cpu: time.Duration(stat.CPUTime() * float64(time.Second)), resident: int64(stat.ResidentMemory()), files: files, threads: stat.NumThreads,
-	}, err
 }

@@ -17,7 +17,7 @@ import (
 // measureFloors measures what a save cannot be faster than, on the guest that
 // was just saved: QEMU with a target that takes everything at once, the disk
 // without QEMU, and QEMU with a file and nobody beside it.
-func (runs *memoryRuns) measureFloors(ctx context.Context, s *scene, plan memoryPlan) error {
+func (runs *memoryRuns) measureFloors(ctx context.Context, s *scene, plan memoryPlan, w spender) error {
 	ctx, cancel := context.WithTimeout(ctx, saveDeadline)
 	defer cancel()
 	qmp, err := dialQMP(ctx, s.guest.ExtraQMPSockets()[0])
@@ -34,10 +34,23 @@ func (runs *memoryRuns) measureFloors(ctx context.Context, s *scene, plan memory
 		if err != nil {
 			return fmt.Errorf("save to a reader: %w", err)
 		}
-		file, err := migrateToFile(ctx, qmp, filepath.Join(s.dir, "bare-memory"), int64(plan.memoryMiB)<<20)
+		before, err := w.spent()
+		if err != nil {
+			return err
+		}
+		path := filepath.Join(s.dir, "bare-memory")
+		file, err := migrateToFile(ctx, qmp, path, int64(plan.memoryMiB)<<20)
 		if err != nil {
 			return fmt.Errorf("save to a file: %w", err)
 		}
+		after, err := w.spent()
+		if err != nil {
+			return err
+		}
+		if err := os.Remove(path); err != nil {
+			return err
+		}
+		runs.fileCPU = append(runs.fileCPU, after.qemu-before.qemu)
 		disk, err := diskRate(s.dir, null.bytes)
 		if err != nil {
 			return err
@@ -118,7 +131,7 @@ func migrateToFile(ctx context.Context, qmp *wire, path string, reserve int64) (
 	if err != nil {
 		return rate{}, err
 	}
-	defer func() { err = errors.Join(err, f.Close(), os.Remove(path)) }()
+	defer func() { err = errors.Join(err, f.Close()) }()
 	// A guest must never be left with a save that fails for want of space.
 	if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, reserve+reserve/64); err != nil {
 		return rate{}, err

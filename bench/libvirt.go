@@ -56,13 +56,9 @@ func modules(q testvm.QEMU) string {
 	return filepath.Join(filepath.Dir(q.Binary), "..", "lib", "x86_64-linux-gnu", "qemu")
 }
 
-const (
-	// libvirtDeadline is for a libvirtd that does not come up, and for a virsh
-	// that has little to do.
-	libvirtDeadline = time.Minute
-	// socketInterval is the time between two attempts to connect.
-	socketInterval = 10 * time.Millisecond
-)
+// libvirtDeadline is for a libvirtd that does not come up, and for a virsh that has
+// little to do.
+const libvirtDeadline = time.Minute
 
 func startLibvirt(ctx context.Context, q testvm.QEMU) (*libvirt, error) {
 	dir, err := os.MkdirTemp("", "vmsnap-libvirt-")
@@ -117,17 +113,13 @@ func (l *libvirt) awaitSocket(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, libvirtDeadline)
 	defer cancel()
 	path := filepath.Join(l.dir, "run", "libvirt", "libvirt-sock")
-	for {
-		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
-		if err == nil {
-			return conn.Close()
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%w: %w", ctx.Err(), err)
-		case <-time.After(socketInterval):
-		}
+	conn, err := testvm.Connect(ctx, nil, func(ctx context.Context) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", path)
+	})
+	if err != nil {
+		return err
 	}
+	return conn.Close()
 }
 
 // virsh runs a command of virsh.
@@ -212,7 +204,8 @@ func findProcess(id string) (int, error) {
 // measureLibvirt has libvirt save a guest.
 func (runs *memoryRuns) measureLibvirt(ctx context.Context, l *libvirt, q testvm.QEMU, plan memoryPlan) (err error) {
 	c := testvm.Config{
-		QEMU: q, Name: fmt.Sprintf("%s-%d", vmName, runs.rate), UUID: uuid.NewString(), Dir: filepath.Join(l.dir, fmt.Sprint(runs.rate)),
+		QEMU: q, Name: fmt.Sprintf("%s-%d-%d", vmName, runs.memoryMiB, runs.rate), UUID: uuid.NewString(),
+		Dir:   filepath.Join(l.dir, fmt.Sprintf("%d-%d", runs.memoryMiB, runs.rate)),
 		Disks: testvm.TwoDisks(), MemoryMiB: plan.memoryMiB,
 	}
 	g, err := testvm.Adopt(ctx, c, func(ctx context.Context, args []string) (int, error) { return l.create(ctx, c, args) })
@@ -220,7 +213,11 @@ func (runs *memoryRuns) measureLibvirt(ctx context.Context, l *libvirt, q testvm
 		return err
 	}
 	defer g.Kill()
-	if err := g.Dirty(ctx, plan.workingSet, int64(runs.rate)*1e6); err != nil {
+	if err := plan.use(ctx, g, runs.rate); err != nil {
+		return err
+	}
+	threads, err := namedCPUThreads(g.PID())
+	if err != nil {
 		return err
 	}
 	writers, err := g.StartWriters(ctx)
@@ -231,7 +228,7 @@ func (runs *memoryRuns) measureLibvirt(ctx context.Context, l *libvirt, q testvm
 	if runs.highest {
 		rounds = plan.rival
 	}
-	w := watcher{g, writers}
+	w := watcher{g, writers, spender{agent: l.cmd.Process.Pid, qemu: g.PID(), guest: threads}}
 	for range rounds {
 		one, err := w.watch(ctx, func(ctx context.Context) (save, *span, error) { return l.save(ctx, g) })
 		if err != nil {

@@ -18,11 +18,20 @@ func main() {
 	var c config
 	flag.IntVar(&c.rounds, "rounds", 20, "how often each of vmsnap and its rival takes a snapshot, on each QEMU")
 	flag.BoolVar(&c.short, "short", false, "few rounds, as CI runs it")
+	flag.Var(&c.memory, "memory", "GiB of the guests whose memory is saved, with commas between: 1, 2 or 8 (default all, with -short 1)")
 	flag.StringVar(&c.only, "only", "", "measure only this: "+strings.Join(parts, ", "))
 	flag.StringVar(&c.results, "results", "bench/results", "where to leave the results; empty leaves none")
+	flag.StringVar(&c.plot, "plot", "", "measure nothing: draw the results in the directories named behind the options, and leave the plots in this one")
 	flag.Parse()
 	if c.short {
 		c.rounds = shortRounds
+	}
+	if c.plot != "" {
+		if err := replot(c.plot, flag.Args()); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
 	}
 	if flag.NArg() > 0 || c.rounds < 1 || c.only != "" && !slices.Contains(parts, c.only) {
 		flag.Usage()
@@ -39,8 +48,27 @@ func main() {
 type config struct {
 	rounds  int
 	short   bool
+	memory  sizes // of guests whose memory is saved; nil for all
 	only    string
 	results string
+	plot    string
+}
+
+// replot draws results that are there already.
+func replot(to string, results []string) error {
+	runs, err := readRuns(results)
+	if err != nil {
+		return err
+	}
+	files, err := drawPlots(to, runs)
+	if err != nil {
+		return err
+	}
+	if len(files) == 0 {
+		return errors.New("the results named have nothing to draw")
+	}
+	fmt.Println(strings.Join(files, "\n"))
+	return nil
 }
 
 // The parts of the benchmark.

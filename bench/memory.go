@@ -26,23 +26,6 @@ const (
 	minRateRatio = 0.9
 )
 
-// memoryPlan is what is measured of snapshots with memory.
-type memoryPlan struct {
-	memoryMiB  int
-	workingSet int64 // bytes of the guest's memory that it changes, over and over
-	rates      []int // MB of it a second
-	saves      int   // by vmsnapd of each process
-	rival      int   // by libvirt at the highest rate; at others one is enough
-	floors     int   // migrations to the null device, and writes to the disk
-}
-
-func planMemory(short bool) memoryPlan {
-	if short {
-		return memoryPlan{memoryMiB: 1024, workingSet: 256 << 20, rates: []int{0, 400}, saves: 1, rival: 1, floors: 1}
-	}
-	return memoryPlan{memoryMiB: 2048, workingSet: 1 << 30, rates: []int{0, 100, 400}, saves: 10, rival: 2, floors: 3}
-}
-
 // save is one snapshot with memory, by whomever.
 type save struct {
 	pause time.Duration // of the guest, as its heartbeat shows it
@@ -50,6 +33,9 @@ type save struct {
 	alone time.Duration // the longest in its heartbeat shortly before, with no save
 	took  time.Duration // the whole snapshot, for who asked for it
 	size  int64         // of the memory's file, in bytes
+
+	cpu  time.Duration // of who saves: vmsnapd, libvirtd
+	qemu time.Duration // CPU time of QEMU, without the guest's CPUs
 
 	// Of vmsnap's only.
 	stream time.Duration // from the cut until the memory is durable
@@ -59,16 +45,18 @@ type save struct {
 
 // memoryRuns is what was measured on one QEMU at one dirty rate.
 type memoryRuns struct {
-	qemu    string
-	rate    int // MB/s
-	highest bool
-	ours    []save // in the order of one process's life
-	libvirt []save
-	null    []rate // QEMU, saving the same way to the null device
-	reader  []rate // QEMU, saving the same way to who reads it and throws it away
-	plain   []rate // QEMU, migrating to the null device with no write tracking
-	file    []rate // QEMU, saving the same way to a file, with nobody beside it
-	disk    []rate // the file system
+	qemu      string
+	memoryMiB int
+	rate      int // MB/s
+	highest   bool
+	ours      []save // in the order of one process's life
+	libvirt   []save
+	null      []rate // QEMU, saving the same way to the null device
+	reader    []rate // QEMU, saving the same way to who reads it and throws it away
+	plain     []rate // QEMU, migrating to the null device with no write tracking
+	file      []rate // QEMU, saving the same way to a file, with nobody beside it
+	fileCPU   []time.Duration
+	disk      []rate // the file system
 }
 
 // rate is how fast so many bytes went.
@@ -84,25 +72,41 @@ func (r rate) perSecond() float64 { return float64(r.bytes) / r.took.Seconds() }
 // of vmsnapd's is followed by an equal one of libvirt's; both are fresh, since a
 // save changes how QEMU's memory is mapped.
 func measureMemory(ctx context.Context, c config, r *report, q testvm.QEMU) (err error) {
-	plan := planMemory(c.short)
+	plans, err := planMemory(c)
+	if err != nil {
+		return err
+	}
 	lv, err := startLibvirt(ctx, q)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lv.end()) }()
+	for _, plan := range plans {
+		if err := plan.measure(ctx, r, q, lv); err != nil {
+			return fmt.Errorf("memory of %d MiB: %w", plan.memoryMiB, err)
+		}
+	}
+	return nil
+}
+
+func (plan memoryPlan) measure(ctx context.Context, r *report, q testvm.QEMU, lv *libvirt) error {
 	for i, mbs := range plan.rates {
-		runs := memoryRuns{qemu: q.Name, rate: mbs, highest: i == len(plan.rates)-1}
-		progress("QEMU %s: memory, %d MB/s dirtied", q.Name, mbs)
+		runs := memoryRuns{qemu: q.Name, memoryMiB: plan.memoryMiB, rate: mbs, highest: i == len(plan.rates)-1}
+		progress("QEMU %s: memory of %d MiB, %d MB/s dirtied", q.Name, plan.memoryMiB, mbs)
 		if err := runs.measureOurs(ctx, r, q, plan); err != nil {
 			return err
 		}
-		progress("QEMU %s: memory, %d MB/s dirtied, libvirt", q.Name, mbs)
+		progress("QEMU %s: memory of %d MiB, %d MB/s dirtied, libvirt", q.Name, plan.memoryMiB, mbs)
 		if err := runs.measureLibvirt(ctx, lv, q, plan); err != nil {
 			return fmt.Errorf("libvirt: %w", err)
 		}
 		r.addMemory(runs)
 	}
-	return nil
+	if plan.loads == 0 {
+		return nil
+	}
+	progress("QEMU %s: loading memory of %d MiB", q.Name, plan.memoryMiB)
+	return measureLoads(ctx, r, q, plan)
 }
 
 func (runs *memoryRuns) measureOurs(ctx context.Context, r *report, q testvm.QEMU, plan memoryPlan) (err error) {
@@ -112,16 +116,20 @@ func (runs *memoryRuns) measureOurs(ctx context.Context, r *report, q testvm.QEM
 	}
 	defer func() { err = errors.Join(err, s.end()) }()
 	r.host.saw(s.version)
-	if err := s.guest.Dirty(ctx, plan.workingSet, int64(runs.rate)*1e6); err != nil {
+	if err := plan.use(ctx, s.guest, runs.rate); err != nil {
 		return err
 	}
-	w := watcher{s.guest, s.writers}
+	threads, err := s.cpuThreads(ctx)
+	if err != nil {
+		return err
+	}
+	w := watcher{s.guest, s.writers, spender{agent: s.daemon.PID(), qemu: s.guest.PID(), guest: threads}}
 	huge, err := hugePages(s.guest.PID())
 	if err != nil {
 		return err
 	}
 	for range plan.saves {
-		one, err := w.watch(ctx, s.saveMemory)
+		one, err := w.watch(ctx, s.saveAndDrop)
 		if err != nil {
 			return err
 		}
@@ -130,13 +138,14 @@ func (runs *memoryRuns) measureOurs(ctx context.Context, r *report, q testvm.QEM
 			return err
 		}
 	}
-	return runs.measureFloors(ctx, s, plan)
+	return runs.measureFloors(ctx, s, plan, w.spender)
 }
 
-// watcher watches the heartbeat of a guest.
+// watcher watches the heartbeat of a guest, and what CPU time is spent for it.
 type watcher struct {
 	guest   *testvm.Guest
 	writers *testvm.Writers
+	spender spender
 }
 
 const (
@@ -163,12 +172,21 @@ func (w watcher) watch(ctx context.Context, take func(context.Context) (save, *s
 	}
 	alone := w.writers.Gaps().Heartbeat.Length()
 	w.writers.Reset()
+	before, err := w.spender.spent()
+	if err != nil {
+		return save{}, err
+	}
 	began := time.Now()
 	one, cut, err := take(ctx)
 	if err != nil {
 		return save{}, err
 	}
 	one.alone, one.took = alone, time.Since(began)
+	after, err := w.spender.spent()
+	if err != nil {
+		return save{}, err
+	}
+	one.cpu, one.qemu = after.agent-before.agent, after.qemu-before.qemu
 	if err := w.writers.AwaitWrites(ctx, 1); err != nil { // the guest runs
 		return save{}, err
 	}
@@ -194,26 +212,14 @@ func longestIn(gaps []testvm.Gap, s span) time.Duration {
 	return longest
 }
 
-// saveMemory has vmsnap take a snapshot with memory. The memory's file is
+// saveAndDrop has vmsnap take a snapshot with memory. The memory's file is
 // removed at once: ten would be much for a small disk.
-func (s *scene) saveMemory(ctx context.Context) (save, *span, error) {
-	created, err := s.daemon.Snapshots().CreateSnapshot(ctx, connect.NewRequest(&vmsnapv1.CreateSnapshotRequest{Vm: vmName, Memory: true}))
+func (s *scene) saveAndDrop(ctx context.Context) (save, *span, error) {
+	snapshot, operation, err := s.saveMemory(ctx)
 	if err != nil {
 		return save{}, nil, err
 	}
-	operation, err := s.daemon.Wait(ctx, created.Msg.GetOperation().GetId())
-	if err != nil {
-		return save{}, nil, err
-	}
-	taken, err := s.daemon.Snapshots().GetSnapshot(ctx, connect.NewRequest(&vmsnapv1.GetSnapshotRequest{Snapshot: operation.GetSnapshotId()}))
-	if err != nil {
-		return save{}, nil, err
-	}
-	snapshot := taken.Msg.GetSnapshot()
 	memory := snapshot.GetMemory()
-	if snapshot.GetConsistency() != vmsnapv1.Consistency_CONSISTENCY_MEMORY || memory.GetStrategy() != vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_BACKGROUND {
-		return save{}, nil, fmt.Errorf("snapshot %s is not what was asked for: %v", snapshot.GetName(), snapshot)
-	}
 	one := save{
 		size: int64(memory.GetSize()), stream: memory.GetDuration().AsDuration(), told: memory.GetPause().AsDuration(),
 	}
@@ -226,4 +232,26 @@ func (s *scene) saveMemory(ctx context.Context) (save, *span, error) {
 		}
 	}
 	return one, cut, os.Remove(memory.GetPath())
+}
+
+// saveMemory has vmsnap take a snapshot with memory.
+func (s *scene) saveMemory(ctx context.Context) (*vmsnapv1.Snapshot, *vmsnapv1.Operation, error) {
+	created, err := s.daemon.Snapshots().CreateSnapshot(ctx, connect.NewRequest(&vmsnapv1.CreateSnapshotRequest{Vm: vmName, Memory: true}))
+	if err != nil {
+		return nil, nil, err
+	}
+	operation, err := s.daemon.Wait(ctx, created.Msg.GetOperation().GetId())
+	if err != nil {
+		return nil, nil, err
+	}
+	taken, err := s.daemon.Snapshots().GetSnapshot(ctx, connect.NewRequest(&vmsnapv1.GetSnapshotRequest{Snapshot: operation.GetSnapshotId()}))
+	if err != nil {
+		return nil, nil, err
+	}
+	snapshot := taken.Msg.GetSnapshot()
+	if snapshot.GetConsistency() != vmsnapv1.Consistency_CONSISTENCY_MEMORY ||
+		snapshot.GetMemory().GetStrategy() != vmsnapv1.MemoryStrategy_MEMORY_STRATEGY_BACKGROUND {
+		return nil, nil, fmt.Errorf("snapshot %s is not what was asked for: %v", snapshot.GetName(), snapshot)
+	}
+	return snapshot, operation, nil
 }

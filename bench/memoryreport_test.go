@@ -13,16 +13,19 @@ func savesOf(pauses ...int) []save {
 	var saves []save
 	for _, p := range pauses {
 		d := time.Duration(p) * time.Millisecond
-		saves = append(saves, save{pause: d, gap: 2 * d, alone: time.Millisecond, took: 4 * time.Second, size: 1 << 30, stream: 4 * time.Second, told: d})
+		saves = append(saves, save{
+			pause: d, gap: 2 * d, alone: time.Millisecond, took: 4 * time.Second, size: 1 << 30, stream: 4 * time.Second, told: d,
+			cpu: time.Second / 2, qemu: 3 * time.Second,
+		})
 	}
 	return saves
 }
 
 func sampleMemory() memoryRuns {
 	return memoryRuns{
-		qemu: "10", rate: 400, highest: true,
+		qemu: "10", memoryMiB: usualMemoryMiB, rate: 400, highest: true,
 		ours: savesOf(20, 30, 30, 30, 30, 30, 30, 40, 41, 42), libvirt: savesOf(1000, 1200),
-		null: []rate{{1 << 30, time.Second}}, reader: []rate{{1 << 30, time.Second}}, disk: []rate{{1 << 30, 2 * time.Second}}, file: []rate{{1 << 30, 4 * time.Second}},
+		null: []rate{{1 << 30, time.Second}}, reader: []rate{{1 << 30, time.Second}}, disk: []rate{{1 << 30, 2 * time.Second}}, file: []rate{{1 << 30, 4 * time.Second}}, fileCPU: []time.Duration{2500 * time.Millisecond},
 	}
 }
 
@@ -31,13 +34,15 @@ func TestMemoryRows(t *testing.T) {
 	r.addMemory(sampleMemory())
 	table := squeeze(r.table())
 	for _, line := range []string{
-		"memory, 400 MB/s dirtied: pause 10 30.0 ms [30.0 ms … 37.5 ms] libvirt 1100 ms [1050 ms … 1150 ms] 0.03 ≤ 0.05 ok",
-		"memory, 400 MB/s dirtied: pause, median 10 30.0 ms 60.0 ms allowed 0.50 ≤ 1.00 ok",
-		"memory, 400 MB/s dirtied: pause, saves 8–10 of a process 10 41.0 ms [40.5 ms … 41.5 ms] its first save 20.0 ms 2.05 ≤ 1.50 OVER",
-		"memory, 400 MB/s dirtied: file 10 1024 MiB libvirt 1024 MiB 1.00 -",
-		"memory, 400 MB/s dirtied: rate, until durable 10 256 MiB/s QEMU to a file, no vmsnapd 256 MiB/s 1.00 ≥ 0.90 ok",
-		"memory, 400 MB/s dirtied: rate, until durable 10 256 MiB/s the lesser of null and disk: the disk 512 MiB/s 0.50 ≥ 0.90 BELOW",
-		"memory, 400 MB/s dirtied: rate, until durable 10 256 MiB/s QEMU to a reader that throws it away 1024 MiB/s 0.25 ≥ 0.90 BELOW",
+		"memory of 2048 MiB, 400 MB/s dirtied: pause 10 30.0 ms [30.0 ms … 37.5 ms] libvirt 1100 ms [1050 ms … 1150 ms] 0.03 ≤ 0.05 ok",
+		"memory of 2048 MiB, 400 MB/s dirtied: pause, median 10 30.0 ms 60.0 ms allowed 0.50 ≤ 1.00 ok",
+		"memory of 2048 MiB, 400 MB/s dirtied: pause, saves 8–10 of a process 10 41.0 ms [40.5 ms … 41.5 ms] its first save 20.0 ms 2.05 ≤ 1.50 OVER",
+		"memory of 2048 MiB, 400 MB/s dirtied: file 10 1024 MiB libvirt 1024 MiB 1.00 -",
+		"memory of 2048 MiB, 400 MB/s dirtied: CPU time of vmsnapd for each GB 10 0.47 s libvirtd 0.47 s 1.00 -",
+		"memory of 2048 MiB, 400 MB/s dirtied: CPU time of QEMU for each GB, without the guest 10 2.79 s to a file, no vmsnapd 2.33 s 1.20 -",
+		"memory of 2048 MiB, 400 MB/s dirtied: rate, until durable 10 256 MiB/s QEMU to a file, no vmsnapd 256 MiB/s 1.00 ≥ 0.90 ok",
+		"memory of 2048 MiB, 400 MB/s dirtied: rate, until durable 10 256 MiB/s the lesser of null and disk: the disk 512 MiB/s 0.50 ≥ 0.90 BELOW",
+		"memory of 2048 MiB, 400 MB/s dirtied: rate, until durable 10 256 MiB/s QEMU to a reader that throws it away 1024 MiB/s 0.25 ≥ 0.90 BELOW",
 	} {
 		if !strings.Contains(table, line) {
 			t.Errorf("there is no line %q in\n%s", line, table)
@@ -65,14 +70,14 @@ func TestMemoryRowsOfOneSave(t *testing.T) {
 func TestMemoryRuns(t *testing.T) {
 	r := &report{}
 	r.addMemory(sampleMemory())
-	want := "BenchmarkMemorySave/qemu=10/dirty=400/by=vmsnap/save=10-"
+	want := "BenchmarkMemorySave/qemu=10/memory=2048/dirty=400/by=vmsnap/save=10-"
 	var line string
 	for l := range strings.SplitSeq(r.raw.String(), "\n") {
 		if strings.HasPrefix(l, want) {
 			line = l
 		}
 	}
-	const figures = " 1 4000000000 ns/op 42000000 pause-ns 84000000 gap-ns 1000000 alone-ns 1073741824 file-bytes 42000000 told-ns 4000000000 stream-ns"
+	const figures = " 1 4000000000 ns/op 42000000 pause-ns 84000000 gap-ns 1000000 alone-ns 1073741824 file-bytes 500000000 agent-cpu-ns 3000000000 qemu-cpu-ns 42000000 told-ns 4000000000 stream-ns"
 	if !strings.HasSuffix(line, figures) {
 		t.Errorf("the tenth run is %q", line)
 	}

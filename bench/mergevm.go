@@ -79,17 +79,9 @@ func (m *mergeVM) start(ctx context.Context) error {
 		return err
 	}
 	m.cmd = cmd
-	for m.qmp == nil {
-		qmp, err := dialQMP(ctx, m.socket("bench"))
-		if err == nil {
-			m.qmp = qmp
-			break
-		}
-		select {
-		case <-time.After(socketInterval):
-		case <-ctx.Done():
-			return errors.Join(ctx.Err(), err)
-		}
+	var err error
+	if m.qmp, err = testvm.Connect(ctx, nil, func(ctx context.Context) (*wire, error) { return dialQMP(ctx, m.socket("bench")) }); err != nil {
+		return err
 	}
 	return m.daemon.AwaitRunning(ctx, vmName)
 }

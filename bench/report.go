@@ -169,7 +169,8 @@ func orDash(s string) string {
 	return s
 }
 
-// save leaves the table and the raw runs in a new directory, and returns it.
+// save leaves the table, the raw runs and the plots in a new directory, and
+// returns it.
 func (r *report) save(results, table string) (string, error) {
 	dir := filepath.Join(results, time.Now().Format("2006-01-02-150405")+"-"+r.host.name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -178,7 +179,14 @@ func (r *report) save(results, table string) (string, error) {
 	if err := os.WriteFile(filepath.Join(dir, "table.txt"), []byte(table), 0o644); err != nil {
 		return "", err
 	}
-	return dir, os.WriteFile(filepath.Join(dir, "runs.txt"), append(r.header(), r.raw.Bytes()...), 0o644)
+	if err := os.WriteFile(filepath.Join(dir, runsFile), append(r.header(), r.raw.Bytes()...), 0o644); err != nil {
+		return "", err
+	}
+	runs, err := parseRuns(r.raw.String())
+	if err == nil {
+		_, err = drawPlots(dir, runs)
+	}
+	return dir, err
 }
 
 // header is the configuration block of the raw runs.

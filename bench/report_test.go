@@ -58,6 +58,17 @@ longest stall of the guest's writes  7.2   99.0 ms [97.0 ms … 101 ms]  93.0 ms
 	}
 }
 
+// wantRows fails unless the table has these lines.
+func wantRows(t *testing.T, r *report, lines ...string) {
+	t.Helper()
+	table := squeeze(r.table())
+	for _, line := range lines {
+		if !strings.Contains(table, line) {
+			t.Errorf("there is no line %q in\n%s", line, table)
+		}
+	}
+}
+
 // squeeze makes one space of several.
 func squeeze(s string) string { return regexp.MustCompile(` +`).ReplaceAllString(s, " ") }
 

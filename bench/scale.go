@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"time"
 
 	"connectrpc.com/connect"
@@ -27,81 +30,133 @@ const (
 	maxReady      = time.Second
 	maxList       = 10 * time.Millisecond // p99
 	maxScrape     = 50 * time.Millisecond // p99
-	maxGrowth     = 1.2                   // of a VM's share, beside that in a smaller fleet
+	maxGrowth     = 1.2                   // of a VM's share, beside that with fewer VMs
 	idleTime      = 30 * time.Second
 	shortIdleTime = 5 * time.Second
 	scrapes       = 100
+	atOnce        = 100 // VMs
 )
+
+// Budgets of what is held for an idle VM.
+const (
+	// maxHeldFiles: the process, whose end is awaited, and its monitor, whose
+	// events are.
+	maxHeldFiles = 2
+	// maxHeldGoroutines: one follows the process and takes in what its monitor
+	// tells, one reads the monitor, one sees to it that its disks can grow.
+	maxHeldGoroutines = 3
+	// maxHeld is the budget of fullFleet's share of memory.
+	maxHeld = maxResident / fullFleet
+)
+
+// The kinds of VMs that there can be many of.
+const (
+	kindIdle     = "idle"     // real QEMU processes
+	kindScripted = "scripted" // without a QEMU
+)
+
+// crowd is many VMs, and ever more.
+type crowd interface {
+	grow(ctx context.Context, n int) error // returns when the n-th can be found
+	vms() map[string]string                // their UUIDs by name
+	home() string                          // a directory for what belongs to them
+	burst(ctx context.Context, d *daemon.Daemon) error
+	end() error
+}
 
 // scaled is what was measured with so many VMs.
 type scaled struct {
-	vms       int
-	discovery time.Duration // from the first start of vmsnapd until it shows them all
-	ready     time.Duration // of its second start, which knows them all
-	lists     []time.Duration
-	scrapes   []time.Duration
-	idle      usage // its CPU time is that of the watched time only
-	watched   time.Duration
-	at100     time.Duration // 100 snapshots at once, of as many VMs
+	vms        int
+	discovery  time.Duration // from the first start of vmsnapd until it shows them all
+	ready      time.Duration // of its second start, which knows them all
+	lists      []time.Duration
+	scrapes    []time.Duration
+	idle       usage // its CPU time is that of the watched time only
+	watched    time.Duration
+	goroutines int
+	burst      time.Duration // what is asked of 100 of them at once
 }
 
-// measureScale measures vmsnapd with ever more idle QEMU processes.
-func measureScale(ctx context.Context, c config, r *report, q testvm.QEMU) (err error) {
-	sizes, idle := []int{100, 200, 300, 400, fullFleet}, idleTime
+// measureScale measures vmsnapd with ever more VMs.
+func measureScale(ctx context.Context, c config, r *report, q testvm.QEMU) error {
+	real, pretended, idle := []int{125, 250, 375, fullFleet}, []int{500, 1000, 1500, 2000}, idleTime
 	if c.short {
-		sizes, idle = []int{10, 30}, shortIdleTime
+		real, pretended, idle = []int{10, 30}, []int{20, 60}, shortIdleTime
 	}
 	f, err := newFleet(q)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.end()) }()
-	var all []scaled
-	for i, n := range sizes {
-		progress("QEMU %s: %d VMs", q.Name, n)
-		if err := f.grow(ctx, n); err != nil {
-			return err
-		}
-		one, err := f.measure(ctx, filepath.Join(f.dir, fmt.Sprintf("host%d", n)), idle, i == len(sizes)-1)
-		if err != nil {
-			return fmt.Errorf("%d VMs: %w", n, err)
-		}
-		all = append(all, one)
+	all, err := measureCrowd(ctx, f, kindIdle, real, idle)
+	if err != nil {
+		return err
 	}
-	r.addScale(q.Name, all)
+	r.addScale(q.Name, kindIdle, all)
+	s, err := newScripted(ctx, q)
+	if err != nil {
+		return err
+	}
+	if all, err = measureCrowd(ctx, s, kindScripted, pretended, idle); err != nil {
+		return err
+	}
+	r.addScale(q.Name, kindScripted, all)
 	return nil
 }
 
-// measure measures a vmsnapd that begins with nothing in a directory.
-func (f *fleet) measure(ctx context.Context, dir string, idle time.Duration, snapshots bool) (one scaled, err error) {
+// measureCrowd measures vmsnapd with so many VMs of a kind, and ends them.
+func measureCrowd(ctx context.Context, vms crowd, kind string, sizes []int, idle time.Duration) (all []scaled, err error) {
+	defer func() { err = errors.Join(err, vms.end()) }()
+	for i, n := range sizes {
+		progress("%d %s VMs", n, kind)
+		one := scaled{vms: n}
+		err := vms.grow(ctx, n)
+		if err == nil {
+			err = one.measure(ctx, vms, idle, i == len(sizes)-1)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%d %s VMs: %w", n, kind, err)
+		}
+		all = append(all, one)
+	}
+	return all, nil
+}
+
+// measure measures a vmsnapd that begins with nothing.
+func (one *scaled) measure(ctx context.Context, vms crowd, idle time.Duration, burst bool) (err error) {
 	address, err := freeAddress()
 	if err != nil {
-		return scaled{}, err
+		return err
 	}
-	one.vms = len(f.members)
-	config := daemon.Config{Binary: vmsnapdPath, Dir: dir, VMs: f.uuids(), Metrics: address}
+	dir := filepath.Join(vms.home(), fmt.Sprintf("host%d", one.vms))
+	config := daemon.Config{Binary: vmsnapdPath, Dir: dir, VMs: vms.vms(), Metrics: address}
 	if one.discovery, err = coldStart(ctx, config); err != nil {
-		return scaled{}, err
+		return err
 	}
 	d, err := daemon.Start(ctx, config)
 	if err != nil {
-		return scaled{}, err
+		return err
 	}
 	defer func() { err = errors.Join(err, d.Stop()) }()
 	one.ready = d.Ready
-	if err := awaitAll(ctx, d, one.vms); err != nil {
-		return scaled{}, err
+	// It is idle when it has read what the disks of all take, as it does at its start.
+	if err := awaitAll(ctx, d, one.vms, func(vm *vmsnapv1.VM) bool { return vm.GetSpace() != nil }); err != nil {
+		return err
 	}
 	if err := one.watchIdle(ctx, d.PID(), idle); err != nil {
-		return scaled{}, err
+		return err
 	}
-	if err := one.ask(ctx, d, address); err != nil {
-		return scaled{}, err
+	if one.goroutines, err = goroutines(ctx, address); err != nil {
+		return err
 	}
-	if snapshots {
-		one.at100, err = f.snapshotMany(ctx, d)
+	if err := one.ask(ctx, d, address); err != nil || !burst {
+		return err
 	}
-	return one, err
+	ctx, cancel := context.WithTimeout(ctx, saveDeadline)
+	defer cancel()
+	began := time.Now()
+	err = vms.burst(ctx, d)
+	one.burst = time.Since(began)
+	return err
 }
 
 // coldStart starts a vmsnapd that knows nothing, and returns how long it took
@@ -113,7 +168,7 @@ func coldStart(ctx context.Context, config daemon.Config) (took time.Duration, e
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, d.Stop()) }()
-	err = awaitAll(ctx, d, len(config.VMs))
+	err = awaitAll(ctx, d, len(config.VMs), func(vm *vmsnapv1.VM) bool { return vm.GetProcess().GetQemuVersion() != "" })
 	return time.Since(began), err
 }
 
@@ -126,18 +181,22 @@ func freeAddress() (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// awaitAll waits until the daemon shows so many VMs and what their QEMUs say.
-func awaitAll(ctx context.Context, d *daemon.Daemon, n int) error {
+// lookShare is how many times as long as a look at all VMs takes nobody looks.
+const lookShare = 4
+
+// awaitAll waits until the daemon shows so many VMs of which something is known.
+func awaitAll(ctx context.Context, d *daemon.Daemon, n int, isKnown func(*vmsnapv1.VM) bool) error {
 	ctx, cancel := context.WithTimeout(ctx, roundDeadline)
 	defer cancel()
 	for {
+		began := time.Now()
 		res, err := d.VMs().ListVMs(ctx, connect.NewRequest(&vmsnapv1.ListVMsRequest{}))
 		if err != nil {
 			return err
 		}
 		known := 0
 		for _, vm := range res.Msg.GetVms() {
-			if vm.GetProcess().GetQemuVersion() != "" {
+			if isKnown(vm) {
 				known++
 			}
 		}
@@ -147,7 +206,7 @@ func awaitAll(ctx context.Context, d *daemon.Daemon, n int) error {
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("%d of %d VMs are known: %w", known, n, ctx.Err())
-		case <-time.After(fleetInterval):
+		case <-time.After(max(fleetInterval, lookShare*time.Since(began))): // which does not slow it down
 		}
 	}
 }
@@ -183,7 +242,7 @@ func (one *scaled) ask(ctx context.Context, d *daemon.Daemon, address string) er
 	}
 	for range scrapes {
 		began := time.Now()
-		if err := scrape(ctx, "http://"+address+"/metrics"); err != nil {
+		if err := scrape(ctx, address, io.Discard); err != nil {
 			return err
 		}
 		one.scrapes = append(one.scrapes, time.Since(began))
@@ -191,8 +250,9 @@ func (one *scaled) ask(ctx context.Context, d *daemon.Daemon, address string) er
 	return nil
 }
 
-func scrape(ctx context.Context, url string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+// scrape reads the metrics.
+func scrape(ctx context.Context, address string, to io.Writer) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/metrics", nil)
 	if err != nil {
 		return err
 	}
@@ -200,21 +260,32 @@ func scrape(ctx context.Context, url string) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(io.Discard, res.Body)
+	_, err = io.Copy(to, res.Body)
 	if err = errors.Join(err, res.Body.Close()); err == nil && res.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s", url, res.Status)
+		err = fmt.Errorf("%s: %s", req.URL, res.Status)
 	}
 	return err
 }
 
-// snapshotMany takes a snapshot of each VM with a disk, all at once, and returns
-// when the last has ended.
-func (f *fleet) snapshotMany(ctx context.Context, d *daemon.Daemon) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, saveDeadline)
-	defer cancel()
+var goroutinesLine = regexp.MustCompile(`(?m)^go_goroutines (\d+)$`)
+
+// goroutines returns how many a vmsnapd has.
+func goroutines(ctx context.Context, address string) (int, error) {
+	var text bytes.Buffer
+	if err := scrape(ctx, address, &text); err != nil {
+		return 0, err
+	}
+	found := goroutinesLine.FindSubmatch(text.Bytes())
+	if found == nil {
+		return 0, errors.New("the metrics do not tell how many goroutines there are")
+	}
+	return strconv.Atoi(string(found[1]))
+}
+
+// burst takes a snapshot of 100 VMs, all at once.
+func (f *fleet) burst(ctx context.Context, d *daemon.Daemon) error {
 	group, ctx := errgroup.WithContext(ctx)
-	began := time.Now()
-	for _, m := range f.members[:min(withDisk, len(f.members))] {
+	for _, m := range f.members[:min(atOnce, len(f.members))] {
 		group.Go(func() error {
 			created, err := d.Snapshots().CreateSnapshot(ctx, connect.NewRequest(&vmsnapv1.CreateSnapshotRequest{
 				Vm: m.name, Quiesce: vmsnapv1.Quiesce_QUIESCE_NONE,
@@ -226,52 +297,23 @@ func (f *fleet) snapshotMany(ctx context.Context, d *daemon.Daemon) (time.Durati
 			return err
 		})
 	}
-	err := group.Wait()
-	return time.Since(began), err
+	return group.Wait()
 }
 
-func (r *report) addScale(qemu string, all []scaled) {
-	for _, one := range all {
-		full := one.vms == fullFleet
-		add := func(measure, ours string, allowed string, ratio float64) {
-			w := row{measure: fmt.Sprintf("%d idle VMs: %s", one.vms, measure), qemu: qemu, ours: ours}
-			if full && ratio > 0 {
-				w.rival, w.ratio, w.budget = allowed+" allowed", ratio, 1
+// burst asks what a snapshot of 100 VMs would do, all at once, for which their
+// guest agents are asked.
+func (s *scripted) burst(ctx context.Context, d *daemon.Daemon) error {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, m := range s.members[:min(atOnce, len(s.members))] {
+		group.Go(func() error {
+			res, err := d.Snapshots().PlanSnapshot(ctx, connect.NewRequest(&vmsnapv1.CreateSnapshotRequest{
+				Vm: m.name, Quiesce: vmsnapv1.Quiesce_QUIESCE_REQUIRE,
+			}))
+			if err == nil && res.Msg.GetPlan().GetConsistency() != vmsnapv1.Consistency_CONSISTENCY_FILESYSTEM {
+				err = fmt.Errorf("the snapshot of %s would not be what was asked for: %v", m.name, res.Msg.GetPlan())
 			}
-			r.rows = append(r.rows, w)
-		}
-		lasts := func(measure string, d, allowed time.Duration) {
-			add(measure, short(d), short(allowed), float64(d)/float64(allowed))
-		}
-		lasts("discovery, from a cold start", one.discovery, maxDiscovery)
-		lasts("ready, known before", one.ready, maxReady)
-		add("resident memory", mib(one.idle.resident), mib(maxResident), float64(one.idle.resident)/maxResident)
-		cpu := one.idle.cpu.Seconds() / one.watched.Seconds()
-		add("CPU", fmt.Sprintf("%.2f%% of a core", 100*cpu), fmt.Sprintf("%.0f%%", 100*maxIdleCPU), cpu/maxIdleCPU)
-		lasts("ListVMs, p99", quantile(one.lists, 0.99), maxList)
-		lasts("/metrics, p99", quantile(one.scrapes, 0.99), maxScrape)
-		add("file descriptors, threads", fmt.Sprintf("%d, %d", one.idle.files, one.idle.threads), "", 0)
-		r.run(fmt.Sprintf("Scale/qemu=%s/vms=%d", qemu, one.vms), one.discovery,
-			measurement{"ready-ns", int64(one.ready)}, measurement{"resident-bytes", one.idle.resident},
-			measurement{"idle-cpu-ns/s", int64(cpu * 1e9)}, measurement{"list-p99-ns", int64(quantile(one.lists, 0.99))},
-			measurement{"metrics-p99-ns", int64(quantile(one.scrapes, 0.99))},
-			measurement{"fds", int64(one.idle.files)}, measurement{"threads", int64(one.idle.threads)})
-	}
-	first, last := all[0], all[len(all)-1]
-	if last.at100 > 0 {
-		r.rows = append(r.rows, row{
-			measure: fmt.Sprintf("%d idle VMs: %d snapshots at once", last.vms, min(withDisk, last.vms)), qemu: qemu, ours: short(last.at100),
+			return err
 		})
 	}
-	growth := func(measure string, figure func(scaled) float64) {
-		share := func(s scaled) float64 { return figure(s) / float64(s.vms) }
-		r.rows = append(r.rows, row{
-			measure: fmt.Sprintf("a VM's share with %d VMs: %s", last.vms, measure), qemu: qemu,
-			rival: fmt.Sprintf("with %d VMs", first.vms), ratio: share(last) / share(first), budget: maxGrowth,
-		})
-	}
-	growth("discovery", func(s scaled) float64 { return float64(s.discovery) })
-	growth("resident memory", func(s scaled) float64 { return float64(s.idle.resident) })
-	growth("ListVMs, median", func(s scaled) float64 { return float64(median(s.lists)) })
-	growth("/metrics, median", func(s scaled) float64 { return float64(median(s.scrapes)) })
+	return group.Wait()
 }

@@ -14,9 +14,10 @@ import (
 // wire is a connection that carries one JSON object a line: QMP, or the guest
 // agent's protocol. It knows no more than a script would.
 type wire struct {
-	conn   net.Conn
-	lines  *bufio.Reader
-	events []json.RawMessage // that came between replies, oldest first
+	conn     net.Conn
+	lines    *bufio.Reader
+	greeting []byte            // of QMP
+	events   []json.RawMessage // that came between replies, oldest first
 }
 
 // dialWire connects. The deadline of ctx is that of everything done on the
@@ -88,7 +89,7 @@ func (w *wire) reply() (json.RawMessage, error) {
 		}
 		switch {
 		case m.Error != nil:
-			return nil, fmt.Errorf("refused: %s", m.Error)
+			return nil, refusal(m.Error)
 		case m.Return != nil:
 			return m.Return, nil
 		case m.Event != "":
@@ -96,6 +97,11 @@ func (w *wire) reply() (json.RawMessage, error) {
 		}
 	}
 }
+
+// refusal is the error of a reply, as JSON.
+type refusal string
+
+func (r refusal) Error() string { return "refused: " + string(r) }
 
 // awaitJob returns when a job has reached a status, among all that has come
 // since the last call.
@@ -133,7 +139,7 @@ func dialQMP(ctx context.Context, path string) (*wire, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := w.lines.ReadBytes('\n'); err != nil { // the greeting
+	if w.greeting, err = w.lines.ReadBytes('\n'); err != nil {
 		w.close()
 		return nil, fmt.Errorf("greeting of %s: %w", path, err)
 	}

@@ -79,7 +79,7 @@ func TestQEMUOfflineMergeRests(t *testing.T) {
 			select {
 			case err := <-ended:
 				t.Fatalf("%s: it did not rest: %v", way, err)
-			case <-time.After(300 * time.Millisecond):
+			case <-time.After(300 * time.Millisecond): // many times what it would take to end
 			}
 			began := time.Now()
 			close(release)

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/vmsnap/vmsnap/monitor"
@@ -32,6 +34,25 @@ type Job struct {
 	// only its progress changes. It is called by who waits, so it must not block.
 	// It may be nil.
 	Watch func(JobState)
+}
+
+// JobError is a QEMU job that ended with an error.
+type JobError struct {
+	Job  string
+	Desc string // QEMU's own words
+}
+
+func (e *JobError) Error() string { return fmt.Sprintf("job %s: %s", e.Job, e.Desc) }
+
+// Unwrap returns ENOSPC, EIO or ECANCELED for what QEMU ends with strerror() of
+// it: its errors have no code of their own.
+func (e *JobError) Unwrap() error {
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EIO, syscall.ECANCELED} {
+		if strings.HasSuffix(strings.ToLower(e.Desc), errno.Error()) {
+			return errno
+		}
+	}
+	return nil
 }
 
 // Stop is why QEMU made a job stop by itself. The job waits for ResumeJob.

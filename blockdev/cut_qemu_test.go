@@ -71,19 +71,14 @@ func (m *machine) launch() {
 	if err := m.cmd.Start(); err != nil {
 		m.t.Fatal(err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- m.cmd.Wait() }()
-	for {
-		s, err := monitor.Dial(m.ctx(), m.path("q"))
-		if err == nil {
-			m.Session = s
-			return
-		}
-		select {
-		case err := <-ended:
-			m.t.Fatalf("QEMU: %v\n%s", err, &stderr)
-		case <-time.After(10 * time.Millisecond): // its socket is not there yet
-		}
+	cmd, ended := m.cmd, make(chan struct{})
+	go func() { _ = cmd.Wait(); close(ended) }()
+	var err error
+	m.Session, err = testvm.Connect(m.ctx(), ended, func(ctx context.Context) (*monitor.Session, error) {
+		return monitor.Dial(ctx, m.path("q"))
+	})
+	if err != nil {
+		m.t.Fatalf("QEMU: %v\n%s", err, &stderr)
 	}
 }
 
@@ -165,7 +160,7 @@ func (m *machine) overlays(round int, names ...string) ([]blockdev.Overlay, []bl
 			BasePath: m.path(perm), BaseFormat: base.Node.Driver,
 			Options: blockdev.Options{Cache: base.Node.Cache, DetectZeroes: base.Node.DetectZeroes, Discard: "unmap"},
 		}
-		if err := o.Build(m.ctx(), m); err != nil {
+		if err := build(m.ctx(), m, dir, o); err != nil {
 			m.t.Fatal(err)
 		}
 		overlays, bases = append(overlays, o), append(bases, base)
@@ -281,26 +276,72 @@ func TestQEMUCutIsAllOrNothing(t *testing.T) {
 	})
 }
 
-func TestQEMUBuildFailsWithoutTrace(t *testing.T) {
+// build formats an overlay and opens it in QEMU.
+func build(ctx context.Context, m blockdev.Monitor, dir *blockdev.Dir, o blockdev.Overlay) error {
+	if err := o.Format(ctx, dir); err != nil {
+		return err
+	}
+	return o.Open(ctx, m)
+}
+
+func TestQEMUOverlayFailsWithoutTrace(t *testing.T) {
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		m := start(t, q)
-		before := len(m.graph().Nodes)
-		o := blockdev.Overlay{Path: m.path("absent.qcow2"), Node: "vmsnap-x", Size: 16 << 20, BasePath: m.path("a.qcow2"), BaseFormat: "qcow2"}
-		if err := o.Build(m.ctx(), m); err == nil || !strings.Contains(err.Error(), "absent.qcow2") {
-			t.Errorf("an overlay without a file: %v", err)
-		}
-		if err := os.WriteFile(m.path("full.qcow2"), nil, 0o600); err != nil {
+		dir, err := blockdev.OpenDir(m.dir, "")
+		if err != nil {
 			t.Fatal(err)
 		}
-		o.Path, o.Size = m.path("full.qcow2"), 1<<62 // no qcow2 can be that large
-		var job *blockdev.JobError
-		if err := o.Build(m.ctx(), m); !errors.As(err, &job) {
+		defer func() { _ = dir.Close() }()
+		before := len(m.graph().Nodes)
+		o := blockdev.Overlay{Node: "vmsnap-x", Size: 16 << 20, BasePath: m.path("a.qcow2"), BaseFormat: "qcow2"}
+		o.Path = m.path("absent.qcow2")
+		if err := o.Format(m.ctx(), dir); err == nil || !strings.Contains(err.Error(), o.Path) {
+			t.Errorf("an overlay without a file is formatted: %v", err)
+		}
+		if err := o.Open(m.ctx(), m); err == nil || !strings.Contains(err.Error(), o.Path) {
+			t.Errorf("an overlay without a file is opened: %v", err)
+		}
+		o.Path = m.path("empty.qcow2")
+		if err := dir.CreateFile("empty.qcow2", m.path("a.qcow2")); err != nil {
+			t.Fatal(err)
+		}
+		if err := o.Open(m.ctx(), m); err == nil {
+			t.Error("an overlay that is not formatted is opened")
+		}
+		huge := o
+		huge.Size = 1 << 62 // no qcow2 can be that large
+		var failed *blockdev.ImgError
+		if err := huge.Format(m.ctx(), dir); !errors.As(err, &failed) {
 			t.Errorf("an overlay that cannot be formatted: %v", err)
 		}
 		if after := len(m.graph().Nodes); after != before {
 			t.Errorf("%d nodes before, %d after", before, after)
 		}
 	})
+}
+
+// TestFormatTouchesNoOtherFile is of one that has come in the place of the file that
+// was made.
+func TestFormatTouchesNoOtherFile(t *testing.T) {
+	path := t.TempDir()
+	dir, err := blockdev.OpenDir(path, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = dir.Close() }()
+	const content = "somebody's"
+	if err := errors.Join(os.WriteFile(path+"/other", []byte(content), 0o600), os.Symlink("other", path+"/link"), os.Mkdir(path+"/directory", 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"other", "link", "directory"} {
+		o := blockdev.Overlay{Path: path + "/" + name, Size: 1 << 20, BasePath: "/base.raw", BaseFormat: "raw"}
+		if err := o.Format(t.Context(), dir); err == nil {
+			t.Errorf("%s was formatted", name)
+		}
+	}
+	if got, err := os.ReadFile(path + "/other"); err != nil || string(got) != content {
+		t.Errorf("the file holds %q, %v", got, err)
+	}
 }
 
 func TestQEMUJobIsSeen(t *testing.T) {

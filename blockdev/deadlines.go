@@ -6,10 +6,6 @@ import "time"
 // commands, which are package monitor's. A block job that copies has none: it
 // takes as long as its bytes do, and whoever watches it may end it.
 const (
-	// endJobTimeout bounds the wait for a job that somebody left: it writes the few
-	// clusters of an empty image.
-	endJobTimeout = 60 * time.Second
-
 	// pivotTimeout is what BeforePivot has. The guest's I/O to the disk stands
 	// still meanwhile, and a guest gives a SCSI or SATA disk 30 seconds before it
 	// takes it for broken. The hook links, renames and syncs one directory.

@@ -133,6 +133,23 @@ func (d *Dir) SyncFile(name string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
+// openEmpty opens a file that CreateFile has made. What holds anything, as a link in
+// its place may lead to, is another's.
+func (d *Dir) openEmpty(name string) (*os.File, error) {
+	f, err := d.root.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat()
+	if err == nil && (!fi.Mode().IsRegular() || fi.Size() > 0) {
+		err = fmt.Errorf("%s is not the empty file that was made", d.Path(name))
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
 // Free returns the bytes that an unprivileged process can still write there.
 func (d *Dir) Free() (uint64, error) {
 	f, err := d.root.Open(".")

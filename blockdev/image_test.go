@@ -124,3 +124,60 @@ func FuzzReadHeader(f *testing.F) {
 		_, _ = h.Empty(bytes.NewReader(b)) // must end, whatever the header claims
 	})
 }
+
+// overlayHeader returns the first cluster of an overlay as QEMU writes it.
+func overlayHeader(t testing.TB) *bytes.Reader {
+	b := make([]byte, 64<<10)
+	be := binary.BigEndian
+	be.PutUint32(b[0:], qcow2Magic)
+	be.PutUint32(b[4:], 3)
+	const name = "/srv/vm/web/root.7f3a0c11-0b.qcow2"
+	at := headerV3 + 8
+	extension := func(kind uint32, data string) {
+		be.PutUint32(b[at:], kind)
+		be.PutUint32(b[at+4:], uint32(len(data)))
+		copy(b[at+8:], data)
+		at += 8 + (len(data)+7)&^7
+	}
+	extension(extBackingFormat, "qcow2")
+	extension(0x6803f857, string(make([]byte, 384))) // feature name table
+	extension(extEnd, "")
+	be.PutUint64(b[8:], uint64(at))
+	be.PutUint32(b[16:], uint32(len(name)))
+	copy(b[at:], name)
+	be.PutUint32(b[20:], 16)
+	be.PutUint64(b[24:], 64<<30)
+	be.PutUint32(b[100:], headerV3+8)
+	r := bytes.NewReader(b)
+	if h, err := ReadHeader(r); err != nil || h.Backing != name || h.BackingFormat != "qcow2" {
+		t.Fatalf("header %+v, %v", h, err)
+	}
+	return r
+}
+
+// maxHeaderAllocs: the header's bytes, each extension's head, and the names.
+const maxHeaderAllocs = 10
+
+// TestReadHeaderAllocates: before a merge the headers of all images in the
+// directories are read.
+func TestReadHeaderAllocates(t *testing.T) {
+	r := overlayHeader(t)
+	n := testing.AllocsPerRun(100, func() {
+		if _, err := ReadHeader(r); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if n > maxHeaderAllocs {
+		t.Errorf("a header allocates %g times, over %d", n, maxHeaderAllocs)
+	}
+}
+
+func BenchmarkReadHeader(b *testing.B) {
+	r := overlayHeader(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := ReadHeader(r); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -31,7 +31,7 @@ func TestQEMULay(t *testing.T) {
 					t.Fatal(err)
 				}
 				o := blockdev.Overlay{Path: s.path("launch.r.qcow2"), Node: "vmsnap-r", Size: diskSize, BasePath: s.layers[0], BaseFormat: "qcow2", Options: s.options()}
-				if err := o.Build(s.ctx(), s); err != nil {
+				if err := build(s.ctx(), s, dir, o); err != nil {
 					t.Fatal(err)
 				}
 				if err := blockdev.Cut(s.ctx(), s, []blockdev.Pair{{Base: before[0].Node.Name, Overlay: o.Node}}); err != nil {

@@ -41,14 +41,6 @@ func (e *ImgError) Unwrap() []error {
 	return errs
 }
 
-// CreateOffline writes the overlay's header into its empty file. The base is
-// not opened (-u), so that the caller can hold its locks; its format and size
-// are given, never probed.
-func (o Overlay) CreateOffline(ctx context.Context, prefix string) error {
-	return runImg(ctx, nil, "create", "-q", "-f", "qcow2", "-u", "-b", o.BasePath, "-F", o.BaseFormat,
-		prefix+o.Path, strconv.FormatUint(o.Size, 10))
-}
-
 // Convert copies an image with everything below it into an existing file, and
 // reports its progress in thousandths. The source's locks may be held by the
 // caller (-U).

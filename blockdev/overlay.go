@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 
 	"github.com/vmsnap/vmsnap/monitor"
@@ -20,7 +21,7 @@ type Options struct {
 
 // Overlay is a qcow2 layer to be put on a drive.
 type Overlay struct {
-	Path       string // as QEMU opens it; the file exists and is empty
+	Path       string // as QEMU opens it
 	Node       string // name of its format node; the protocol node is Node + "-file"
 	Size       uint64 // virtual size in bytes; must equal the base's
 	BasePath   string // permanent name of the layer below, written into the header
@@ -30,10 +31,27 @@ type Overlay struct {
 
 func (o Overlay) fileNode() string { return o.Node + "-file" }
 
-// Build writes the qcow2 header into the overlay's file and opens it in QEMU,
-// attached to nothing. When it fails it leaves no node behind; the file is the
-// caller's. The job that formats is named after the overlay's node.
-func (o Overlay) Build(ctx context.Context, m Monitor) (err error) {
+// Format writes the overlay's header into its file, which Dir.CreateFile has made in
+// dir, and flushes it. The base is not opened, so that the caller can hold its locks;
+// its format and size are given, never probed.
+//
+// QEMU could do this too, and would die of it: while blockdev-create opens what it
+// has formatted, QEMU 7.2 fails an assertion (qcow2_get_specific_info) at the
+// query-named-block-nodes of anybody.
+func (o Overlay) Format(ctx context.Context, dir *Dir) error {
+	f, err := dir.openEmpty(filepath.Base(o.Path))
+	if err == nil {
+		err = errors.Join(Link(ctx, f, o.BasePath, o.BaseFormat, o.Size), f.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("format overlay %s: %w", o.Path, err)
+	}
+	return nil
+}
+
+// Open opens the overlay, which is formatted, in QEMU, attached to nothing. When it
+// fails it leaves no node behind; the file is the caller's.
+func (o Overlay) Open(ctx context.Context, m Monitor) (err error) {
 	if err := m.Execute(ctx, "blockdev-add", o.fileArgs(o.Path, o.fileNode(), false), nil); err != nil {
 		return fmt.Errorf("open overlay %s: %w", o.Path, err)
 	}
@@ -42,13 +60,6 @@ func (o Overlay) Build(ctx context.Context, m Monitor) (err error) {
 			err = errors.Join(err, o.Remove(context.WithoutCancel(ctx), m))
 		}
 	}()
-	err = runCreate(ctx, m, o.Node, map[string]any{
-		"driver": "qcow2", "file": o.fileNode(), "size": o.Size,
-		"backing-file": o.BasePath, "backing-fmt": o.BaseFormat,
-	})
-	if err != nil {
-		return fmt.Errorf("format overlay %s: %w", o.Path, err)
-	}
 	args := o.formatArgs("qcow2", o.Node, o.fileNode(), false)
 	args["backing"] = nil // absent would open the backing file now, a second time
 	if err := m.Execute(ctx, "blockdev-add", args, nil); err != nil {
@@ -57,11 +68,10 @@ func (o Overlay) Build(ctx context.Context, m Monitor) (err error) {
 	return nil
 }
 
-// Remove deletes the overlay's nodes, and the job that formats, of which it
-// awaits the end: QEMU executes a command whose sender was cancelled all the
-// same. What does not exist is no error, so it can follow any step of Build.
+// Remove deletes the overlay's nodes. What does not exist is no error, so it can
+// follow any step of Open.
 func (o Overlay) Remove(ctx context.Context, m Monitor) error {
-	errs := []error{endJob(ctx, m, o.Node)}
+	var errs []error
 	for _, n := range []string{o.Node, o.fileNode()} {
 		if err := deleteNode(ctx, m, n); err != nil {
 			errs = append(errs, err)

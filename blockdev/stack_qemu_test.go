@@ -177,7 +177,7 @@ func (s *stack) cover() {
 		Path: s.path(name), Node: fmt.Sprintf("vmsnap-o%d", n+1), Size: diskSize, BasePath: s.layers[n], BaseFormat: s.format(n),
 		Options: s.options(),
 	}
-	if err := o.Build(s.ctx(), s); err != nil {
+	if err := build(s.ctx(), s, in, o); err != nil {
 		s.t.Fatal(err)
 	}
 	if err := blockdev.Cut(s.ctx(), s, []blockdev.Pair{{Base: top.Node.Name, Overlay: o.Node}}); err != nil {
@@ -244,21 +244,14 @@ func (s *stack) start() {
 	cmd, ended := s.cmd, make(chan struct{})
 	s.ended = ended
 	go func() { _ = cmd.Wait(); close(ended) }()
-	for ctx := s.ctx(); ; {
-		session, err := monitor.Dial(ctx, s.path("q"))
-		if err == nil {
-			s.Session = session
-			return
-		}
-		select {
-		case <-ended:
-			s.t.Fatalf("QEMU ended: %s", &stderr)
-		case <-ctx.Done():
-			s.end()
-			s.t.Fatalf("no monitor: %v", err)
-		case <-time.After(5 * time.Millisecond): // its socket is not there yet
-		}
+	session, err := testvm.Connect(s.ctx(), ended, func(ctx context.Context) (*monitor.Session, error) {
+		return monitor.Dial(ctx, s.path("q"))
+	})
+	if err != nil {
+		s.end()
+		s.t.Fatalf("QEMU: %v\n%s", err, &stderr)
 	}
+	s.Session = session
 }
 
 // end kills QEMU with SIGKILL.

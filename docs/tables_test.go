@@ -327,8 +327,9 @@ func TestRoles(t *testing.T) {
 	procedure := regexp.MustCompile(`^(\w+Service)(\w+)Procedure$`)
 	syntax(t, "../agent/rpc", func(n ast.Node) {
 		if pair, ok := n.(*ast.KeyValueExpr); ok {
-			if m := procedure.FindStringSubmatch(name(pair.Key)); m != nil {
-				want[m[1]+"/"+m[2]] = strings.ToLower(name(pair.Value))
+			need, ok := pair.Value.(*ast.CompositeLit)
+			if m := procedure.FindStringSubmatch(name(pair.Key)); m != nil && ok && len(need.Elts) > 0 {
+				want[m[1]+"/"+m[2]] = strings.ToLower(name(need.Elts[0]))
 			}
 		}
 	})

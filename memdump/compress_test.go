@@ -37,7 +37,7 @@ func TestCompress(t *testing.T) {
 	if st.Size != HeaderSize+int64(sum.Stored) || st.Mode&0o7777 != 0o600 {
 		t.Errorf("size %d, mode %o", st.Size, st.Mode&0o7777)
 	}
-	if h, got, err := Verify(t.Context(), root, "m", nil); h != someHeader || got != sum || err != nil {
+	if h, got, err := Verify(t.Context(), root, "m", nil, nil); h != someHeader || got != sum || err != nil {
 		t.Errorf("verified %+v %+v, %v", h, got, err)
 	}
 	if left := names(t, root); len(left) != 1 {
@@ -55,7 +55,7 @@ func unharmed(t *testing.T, root *os.Root, plain Sum) {
 	if left := names(t, root); len(left) != 1 {
 		t.Errorf("left behind: %v", left)
 	}
-	if _, sum, err := Verify(t.Context(), root, "m", nil); err != nil || sum != plain {
+	if _, sum, err := Verify(t.Context(), root, "m", nil, nil); err != nil || sum != plain {
 		t.Errorf("the plain file: %+v, %v", sum, err)
 	}
 }
@@ -160,7 +160,7 @@ func TestCompressKilled(t *testing.T) {
 	if stat(t, root, compressName("m")).Size <= HeaderSize {
 		t.Error("it was killed before it had written anything")
 	}
-	if _, sum, err := Verify(t.Context(), root, "m", nil); err != nil || sum != plain {
+	if _, sum, err := Verify(t.Context(), root, "m", nil, nil); err != nil || sum != plain {
 		t.Errorf("the plain file: %+v, %v", sum, err)
 	}
 	if _, err := Compress(t.Context(), root, "m", nil); err != nil {

@@ -24,7 +24,9 @@
 // the disk early, and takes it out of the page cache. [File.Finish] makes the
 // file complete and durable; until then every reader refuses it. [Verify]
 // compares a file with its checksums, [Compress] makes it smaller after the
-// save, and [OpenStream] opens either form for a QEMU that loads it.
+// save, [Encrypt] encrypts it to the recipient of a [Key], and [OpenStream] opens
+// each form for a QEMU that loads it. A file that is to be encrypted says so in its
+// header from the beginning, so that whoever finds or removes it plain knows.
 //
 // # Loading
 //

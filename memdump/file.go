@@ -133,13 +133,19 @@ func (f *File) Close() error {
 // has closed its descriptor too.
 func (f *File) Discard() error { return errors.Join(f.Close(), Remove(f.dir, f.name)) }
 
-// Remove removes a memory file and what an interrupted [Compress] of it left,
-// durably. It does not mind if there is none.
+// Remove removes a memory file and what an interrupted [Compress] or [Encrypt] of
+// it left, durably. What was to be encrypted and is not is overwritten before;
+// [ErrNotOverwritten] says that it is gone, but was not. It does not mind if there
+// is none.
 func Remove(dir *os.Root, name string) error {
 	if err := checkName(name); err != nil {
 		return err
 	}
-	for _, n := range []string{name, compressName(name)} {
+	exposed := destroy(dir, plainName(name))
+	if isSecret(dir, name) {
+		exposed = errors.Join(exposed, destroy(dir, name))
+	}
+	for _, n := range []string{name, compressName(name), encryptName(name), plainName(name)} {
 		if err := dir.Remove(n); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("remove memory file %s: %w", name, err)
 		}
@@ -147,7 +153,7 @@ func Remove(dir *os.Root, name string) error {
 	if err := syncDir(dir); err != nil {
 		return fmt.Errorf("remove memory file %s: %w", name, err)
 	}
-	return nil
+	return exposed
 }
 
 // Finish makes the file complete once QEMU has written all of the stream: it

@@ -48,20 +48,12 @@ func bareQEMU(ctx context.Context, t *testing.T, q testvm.QEMU, dir string, args
 	ended := make(chan struct{})
 	go func() { _ = cmd.Wait(); close(ended) }()
 	t.Cleanup(func() { _ = cmd.Process.Kill(); <-ended })
-	for {
-		s, err := monitor.Dial(ctx, socket)
-		if err == nil {
-			t.Cleanup(func() { _ = s.Close() })
-			return s
-		}
-		select {
-		case <-ended:
-			t.Fatalf("QEMU ended: %s", &stderr)
-		case <-ctx.Done():
-			t.Fatal(err)
-		case <-time.After(10 * time.Millisecond): // its socket is not there yet
-		}
+	s, err := testvm.Connect(ctx, ended, func(ctx context.Context) (*monitor.Session, error) { return monitor.Dial(ctx, socket) })
+	if err != nil {
+		t.Fatalf("QEMU: %v\n%s", err, &stderr)
 	}
+	t.Cleanup(func() { _ = s.Close() })
+	return s
 }
 
 func must(ctx context.Context, t *testing.T, s *monitor.Session, command string, args map[string]any) {
@@ -145,7 +137,7 @@ func TestQEMUFile(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if _, _, err := Verify(ctx, root, "m", nil); err != nil {
+			if _, _, err := Verify(ctx, root, "m", nil, nil); err != nil {
 				t.Error(err)
 			}
 			status, got, s := load(ctx, t, q, root)

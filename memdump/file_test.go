@@ -156,7 +156,7 @@ func TestCreateRefuses(t *testing.T) {
 	if after := names(t, root); len(after) != len(before) {
 		t.Errorf("left behind: %v", after)
 	}
-	if _, _, err := Verify(t.Context(), root, "there", nil); err != nil {
+	if _, _, err := Verify(t.Context(), root, "there", nil, nil); err != nil {
 		t.Errorf("the file that was there: %v", err)
 	}
 }
@@ -234,7 +234,7 @@ func TestFinish(t *testing.T) {
 			if st.Size != HeaderSize+int64(len(data)) || st.Blocks*512 > st.Size+1<<20 {
 				t.Errorf("size %d with %d allocated after %d bytes", st.Size, st.Blocks*512, len(data))
 			}
-			if h, got, err := Verify(t.Context(), root, "m", nil); h != someHeader || got != want || err != nil {
+			if h, got, err := Verify(t.Context(), root, "m", nil, nil); h != someHeader || got != want || err != nil {
 				t.Errorf("verified %+v %+v, %v", h, got, err)
 			}
 		})
@@ -368,10 +368,10 @@ func TestOpenRefusesWhatIsNoFile(t *testing.T) {
 	for _, name := range []string{"link", "fifo", "dir", "empty", "other"} {
 		t.Run(name, func(t *testing.T) {
 			_, _, err := Inspect(root, name)
-			_, _, verify := Verify(t.Context(), root, name, nil)
+			_, _, verify := Verify(t.Context(), root, name, nil, nil)
 			_, reopen := Reopen(root, name)
 			_, compress := Compress(t.Context(), root, name, nil)
-			_, open := OpenStream(t.Context(), root, name)
+			_, open := OpenStream(t.Context(), root, name, nil)
 			for _, err := range []error{err, verify, reopen, compress, open} {
 				if !errors.Is(err, ErrNotMemory) {
 					t.Errorf("got %v", err)

@@ -99,7 +99,7 @@ func BenchmarkVerify(b *testing.B) {
 			}
 			b.SetBytes(512 << 20)
 			for b.Loop() {
-				if _, _, err := Verify(b.Context(), root, "m", nil); err != nil {
+				if _, _, err := Verify(b.Context(), root, "m", nil, nil); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -93,7 +93,7 @@ func TestFollowLiveWriter(t *testing.T) {
 	if sum.Checksum != digestOf(data) || sum.Length != uint64(len(data)) {
 		t.Errorf("got %+v, want %s over %d bytes", sum, digestOf(data), len(data))
 	}
-	if _, _, err := Verify(ctx, root, "m", nil); err != nil {
+	if _, _, err := Verify(ctx, root, "m", nil, nil); err != nil {
 		t.Error(err)
 	}
 }

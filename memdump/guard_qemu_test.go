@@ -1,6 +1,7 @@
 package memdump
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -72,15 +73,9 @@ func startGuardedQEMU(t *testing.T, q testvm.QEMU) *guardedQEMU {
 		}
 		_ = os.RemoveAll(dir)
 	})
-	for m.Session == nil {
-		if m.Session, err = monitor.Dial(guardContext(t), own); err == nil {
-			break
-		}
-		select {
-		case <-ended:
-			t.Fatalf("QEMU ended: %s", &stderr)
-		case <-time.After(10 * time.Millisecond): // its socket is not there yet
-		}
+	m.Session, err = testvm.Connect(guardContext(t), ended, func(ctx context.Context) (*monitor.Session, error) { return monitor.Dial(ctx, own) })
+	if err != nil {
+		t.Fatalf("QEMU: %v\n%s", err, &stderr)
 	}
 	m.vm = guardedVM{Socket: socket, PID: m.cmd.Process.Pid, Resumed: filepath.Join(dir, "resumed")}
 	if m.vm.StartTime, err = startTime(m.vm.PID); err != nil {

@@ -34,6 +34,8 @@ func TestMain(m *testing.M) {
 		case "pausing-agent":
 			pausingAgent()
 			os.Exit(0)
+		case "encrypt-and-hang":
+			encryptAndHang()
 		case "compress-and-hang":
 			compressAndHang()
 		}

@@ -17,10 +17,20 @@ var someHeader = Header{
 	Created: time.Date(2025, 11, 23, 2, 30, 0, 0, time.UTC),
 }
 
+// secretHeader is that of a file that is encrypted, or is to be.
+func secretHeader() Header {
+	h := someHeader
+	h.Recipient = someKey().Recipient()
+	return h
+}
+
 func TestHeaderRoundTrip(t *testing.T) {
 	for _, want := range []record{
 		{Header: someHeader},
 		{Header: someHeader, Sum: &Sum{Length: 5, Checksum: "xxh64:a", Stored: 5, StoredChecksum: "xxh64:a"}},
+		{Header: secretHeader()},
+		{Header: secretHeader(), Sum: &Sum{Length: 5, Checksum: "xxh64:a", Stored: 5, StoredChecksum: "xxh64:a"}},
+		{Header: secretHeader(), Sum: &Sum{Length: 9, Compression: "zstd", Encryption: "age", Stored: 5, StoredChecksum: "xxh64:b"}},
 		{Header: someHeader, Sum: &Sum{Length: 9, Checksum: "xxh64:a", Compression: "zstd", Stored: 5, StoredChecksum: "xxh64:b"}},
 	} {
 		block, err := want.encode()
@@ -57,7 +67,11 @@ func sealed(version, n uint32, body string) []byte {
 }
 
 func TestParseHeaderRefuses(t *testing.T) {
-	whole := func(body string) []byte { return sealed(headerVersion, uint32(len(body)), body) }
+	whole := func(body string) []byte { return sealed(versionPlain, uint32(len(body)), body) }
+	secret := func(sum string) []byte {
+		body := `{"recipient":"` + someKey().Recipient() + `","sum":{` + sum + `}}`
+		return sealed(versionEncrypted, uint32(len(body)), body)
+	}
 	flipped := sealed(1, 2, "{}")
 	flipped[2000] ^= 1
 	for _, tt := range []struct {
@@ -69,7 +83,14 @@ func TestParseHeaderRefuses(t *testing.T) {
 		{"short", []byte(headerMagic), ErrNotMemory},
 		{"another's", make([]byte, HeaderSize), ErrNotMemory},
 		{"a bit in the padding", flipped, ErrAltered},
-		{"next version", sealed(2, 2, "{}"), ErrUnknownVersion},
+		{"next version", sealed(3, 2, "{}"), ErrUnknownVersion},
+		{"encrypted to nobody", sealed(2, 2, "{}"), ErrAltered},
+		{"a recipient in version 1", whole(`{"recipient":"` + someKey().Recipient() + `"}`), ErrAltered},
+		{"encrypted in version 1", whole(`{"sum":{"encryption":"age"}}`), ErrAltered},
+		{"no recipient of age", sealed(2, 19, `{"recipient":"bob"}`), ErrAltered},
+		{"unknown encryption", secret(`"encryption":"rot13"`), ErrAltered},
+		{"a checksum of what is hidden", secret(`"encryption":"age","checksum":"xxh64:1"`), ErrAltered},
+		{"compressed before it was encrypted", secret(`"compression":"zstd"`), ErrAltered},
 		{"version 0", sealed(0, 2, "{}"), ErrUnknownVersion},
 		{"length beyond the block", sealed(1, HeaderSize, "{}"), ErrAltered},
 		{"greatest length", sealed(1, 1<<32-1, "{}"), ErrAltered},
@@ -100,6 +121,12 @@ func FuzzParseHeader(f *testing.F) {
 	}
 	n := binary.LittleEndian.Uint32(block[12:])
 	f.Add(uint32(1), n, string(block[headerFixed:headerFixed+n]))
+	block, err = record{Header: secretHeader(), Sum: &Sum{Encryption: "age"}}.encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	n = binary.LittleEndian.Uint32(block[12:])
+	f.Add(uint32(2), n, string(block[headerFixed:headerFixed+n]))
 	f.Fuzz(func(t *testing.T, version, n uint32, body string) {
 		r, err := parseHeader(sealed(version, n, body))
 		if err != nil {

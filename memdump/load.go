@@ -56,6 +56,7 @@ type LoadConfig struct {
 	Session *monitor.Session // of a QEMU that waits with -incoming defer -S
 	Dir     *os.Root
 	Name    string // of a complete memory file in Dir
+	Key     *Key   // that opens an encrypted one; may be nil for others
 	ID      string // of the operation; names the descriptor in QEMU
 	// Progress, when not nil, is called by the calling goroutine with bytes of
 	// the stream that QEMU has taken.
@@ -67,7 +68,7 @@ type LoadConfig struct {
 // Load has QEMU load a memory file, and returns when the guest is as it was when
 // it was saved, its CPUs stopped and its images taken.
 //
-// A compressed file is verified on the way, and its last bytes are held back
+// A compressed or encrypted file is verified on the way, and its last bytes are held back
 // until it was; Verify a plain one before. QEMU answers nothing else while it
 // loads a plain file. After an error that is an ErrLoad, or when ctx has ended
 // while it loaded, QEMU has ended or was told to; after any other it still waits.
@@ -86,7 +87,7 @@ func (c LoadConfig) load(ctx context.Context) (err error) {
 	if st.Status != monitor.RunStateInMigrate {
 		return fmt.Errorf("%w: the VM is %s", ErrNotWaiting, st.Status)
 	}
-	stream, err := OpenStream(ctx, c.Dir, c.Name)
+	stream, err := OpenStream(ctx, c.Dir, c.Name, c.Key)
 	if err != nil {
 		return err
 	}

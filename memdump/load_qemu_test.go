@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -25,8 +26,8 @@ func savedStill(ctx context.Context, t *testing.T, q testvm.QEMU, dir string) *o
 	return root
 }
 
-// A memory file is loaded, plain and compressed, with progress to its end. What
-// fails says why, and QEMU has ended then.
+// A memory file is loaded, plain, compressed and encrypted, with progress to its
+// end. What fails says why, and QEMU has ended then.
 func TestQEMULoad(t *testing.T) {
 	eachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		ctx := followContext(t)
@@ -39,12 +40,12 @@ func TestQEMULoad(t *testing.T) {
 		waiting := func(args ...string) *monitor.Session {
 			return bareQEMU(ctx, t, q, dir, append(args, "-incoming", "defer")...)
 		}
-		loads := func(what string) {
+		loads := func(name, what string) {
 			t.Helper()
 			to := waiting("-device", "virtio-rng-pci")
 			var seen []uint64
 			progress := func(done, total uint64) { seen = append(seen, done, total) }
-			if err := Load(ctx, LoadConfig{Session: to, Dir: root, Name: "m", ID: "1", Progress: progress}); err != nil {
+			if err := Load(ctx, LoadConfig{Session: to, Dir: root, Name: name, Key: someKey(), ID: "1", Progress: progress}); err != nil {
 				t.Fatalf("%s: %v", what, err)
 			}
 			n := len(seen)
@@ -58,7 +59,7 @@ func TestQEMULoad(t *testing.T) {
 				t.Errorf("%s: loaded again: %v", what, err)
 			}
 		}
-		loads("plain")
+		loads("m", "plain")
 
 		other := waiting() // which has one device less
 		err = Load(ctx, LoadConfig{Session: other, Dir: root, Name: "m", ID: "1"})
@@ -68,11 +69,24 @@ func TestQEMULoad(t *testing.T) {
 		}
 		<-other.Done()
 
+		encrypted(t, root)
+		loads("e", "encrypted")
+		for key, want := range map[*Key]string{nil: "there is no key", otherKey: "the key is that of"} {
+			to := waiting("-device", "virtio-rng-pci")
+			err := Load(ctx, LoadConfig{Session: to, Dir: root, Name: "e", Key: key, ID: "1"})
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("with another key: %v", err)
+			}
+			if st, err := to.QueryStatus(ctx); err != nil || st.Status != monitor.RunStateInMigrate {
+				t.Errorf("a QEMU that was sent nothing is %+v, %v", st, err)
+			}
+		}
+
 		packed, err := Compress(ctx, root, "m", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		loads("compressed")
+		loads("m", "compressed")
 
 		altered(t, root, HeaderSize+int64(packed.Stored)-1, 1, func() {
 			to := waiting("-device", "virtio-rng-pci")
@@ -82,6 +96,19 @@ func TestQEMULoad(t *testing.T) {
 			<-to.Done()
 		})
 	})
+}
+
+// encrypted makes the file e, compressed and encrypted, of the plain m.
+func encrypted(t *testing.T, root *os.Root) {
+	t.Helper()
+	plain, err := root.ReadFile("m")
+	if err != nil {
+		t.Fatal(err)
+	}
+	secretCalled(t, root, "e", plain[HeaderSize:])
+	if _, err := Encrypt(t.Context(), root, "e", true, nil); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // A load that does not go on is given up, and one that is cancelled ends.

@@ -75,15 +75,11 @@ func startStill(t *testing.T, v testvm.QEMU, uid uint32, args ...string) *still 
 			_ = q.Close()
 		}
 	})
-	for q.Session == nil {
-		if q.Session, err = monitor.Dial(q.ctx(), filepath.Join(dir, "q")); err == nil {
-			break
-		}
-		select {
-		case <-ended:
-			t.Fatalf("QEMU ended: %s", &stderr)
-		case <-time.After(10 * time.Millisecond): // its socket is not there yet
-		}
+	q.Session, err = testvm.Connect(q.ctx(), ended, func(ctx context.Context) (*monitor.Session, error) {
+		return monitor.Dial(ctx, filepath.Join(dir, "q"))
+	})
+	if err != nil {
+		t.Fatalf("QEMU: %v\n%s", err, &stderr)
 	}
 	return q
 }

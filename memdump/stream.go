@@ -39,24 +39,28 @@ type Stream struct {
 }
 
 // OpenStream opens the stream of a complete memory file. It reads the header
-// only: the errors are those of [Inspect].
+// only: the errors are those of [Inspect], and [*KeyError] when key, which may be
+// nil, does not open the file.
 //
 // A plain file is not compared with its checksum while it is loaded, so Verify
-// it before. The end of a compressed stream is held back until all of it was
-// found unaltered: a load of an altered stream cannot succeed.
+// it before. The end of a compressed or encrypted stream is held back until all
+// of it was found unaltered: a load of an altered stream cannot succeed.
 //
 // A pipe is filled until ctx ends. Once it was passed to QEMU, [Stream.Release]
 // closes this process's copy.
-func OpenStream(ctx context.Context, dir *os.Root, name string) (*Stream, error) {
+func OpenStream(ctx context.Context, dir *os.Root, name string, key *Key) (*Stream, error) {
 	file, r, err := openComplete(dir, name)
 	if err != nil {
 		return nil, err
 	}
+	if err := key.opens(r); err != nil {
+		return nil, errors.Join(fmt.Errorf("memory file %s: %w", name, err), file.Close())
+	}
 	s := &Stream{Header: r.Header, Sum: *r.Sum, File: file, stop: func() {}}
-	if r.Sum.Compression == "" {
+	if r.Sum.Compression == "" && r.Sum.Encryption == "" {
 		_, err = file.Seek(HeaderSize, io.SeekStart)
 	} else {
-		err = s.openPipe(ctx, file)
+		err = s.openPipe(ctx, file, r, key)
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("memory file %s: %w", name, err), file.Close())
@@ -65,7 +69,7 @@ func OpenStream(ctx context.Context, dir *os.Root, name string) (*Stream, error)
 }
 
 // openPipe makes File a pipe and starts to fill it from file.
-func (s *Stream) openPipe(ctx context.Context, file *os.File) error {
+func (s *Stream) openPipe(ctx context.Context, file *os.File, rec record, key *Key) error {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
@@ -75,7 +79,7 @@ func (s *Stream) openPipe(ctx context.Context, file *os.File) error {
 	s.File, s.done = r, make(chan struct{})
 	go func() {
 		defer close(s.done)
-		s.err = fill(ctx, w, file, s.Sum, &s.taken)
+		s.err = fill(ctx, w, file, rec, key, &s.taken)
 	}()
 	return nil
 }
@@ -90,10 +94,10 @@ func enlarge(pipe *os.File) {
 }
 
 // fill writes the stream into the pipe and closes both.
-func fill(ctx context.Context, pipe, file *os.File, sum Sum, taken *atomic.Uint64) error {
+func fill(ctx context.Context, pipe, file *os.File, r record, key *Key, taken *atomic.Uint64) error {
 	defer context.AfterFunc(ctx, func() { _ = pipe.Close() })() // a write that waits for QEMU ends
 	end := &tail{w: counting{pipe, taken}}
-	err := newSource(ctx, file, sum, nil).copyTo(end, sum)
+	err := newSource(ctx, file, *r.Sum, nil).copyTo(end, r, key)
 	if err == nil {
 		err = end.flush()
 	}

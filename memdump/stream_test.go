@@ -16,7 +16,7 @@ import (
 
 func opened(ctx context.Context, t *testing.T, root *os.Root) *Stream {
 	t.Helper()
-	s, err := OpenStream(ctx, root, "m")
+	s, err := OpenStream(ctx, root, "m", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +126,7 @@ func full(t *testing.T, pipe *os.File) {
 func TestOpenStreamIncomplete(t *testing.T) {
 	root := openRoot(t, t.TempDir())
 	created(t, root, "m", 0)
-	if _, err := OpenStream(t.Context(), root, "m"); !errors.Is(err, ErrIncomplete) {
+	if _, err := OpenStream(t.Context(), root, "m", nil); !errors.Is(err, ErrIncomplete) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -165,7 +165,7 @@ func FuzzCompressedStream(f *testing.F) {
 		if err := root.WriteFile("m", append(block, stored...), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		_, _, err = Verify(ctx, root, "m", nil)
+		_, _, err = Verify(ctx, root, "m", nil, nil)
 		if valid := wantErr == nil && len(want) == int(length); valid != (err == nil) || err != nil && !errors.Is(err, ErrAltered) {
 			t.Fatalf("%d bytes that make %d of %d (%v): %v", len(stored), len(want), length, wantErr, err)
 		}

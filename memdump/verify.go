@@ -23,13 +23,14 @@ func Inspect(dir *os.Root, name string) (Header, Sum, error) {
 
 // Verify reads all of a complete memory file, from the disk and not from what
 // the host has cached, and compares it with its checksums. A compressed stream
-// is decompressed. progress, unless nil, is called by the calling goroutine
+// is decompressed, and an encrypted one is decrypted with key, which may be nil
+// for others, and so authenticated. progress, unless nil, is called by the calling goroutine
 // with bytes of the file.
 //
 // The errors wrap [ErrIncomplete], [ErrNotMemory], [ErrUnknownVersion],
-// [ErrTruncated] or [ErrAltered]; or they are those of reading, or of ctx, and
-// then nothing is known about the file.
-func Verify(ctx context.Context, dir *os.Root, name string, progress func(done, total uint64)) (Header, Sum, error) {
+// [ErrTruncated] or [ErrAltered]; or they are a [*KeyError], those of reading,
+// or of ctx, and then nothing is known about the file.
+func Verify(ctx context.Context, dir *os.Root, name string, key *Key, progress func(done, total uint64)) (Header, Sum, error) {
 	file, r, err := openComplete(dir, name)
 	if err != nil {
 		return r.Header, Sum{}, err
@@ -37,7 +38,7 @@ func Verify(ctx context.Context, dir *os.Root, name string, progress func(done, 
 	defer file.Close() //nolint:errcheck // it was only read
 	drop(file, 0, 0)
 	src := newSource(ctx, file, *r.Sum, progress)
-	if err := src.copyTo(io.Discard, *r.Sum); err != nil {
+	if err := src.copyTo(io.Discard, r, key); err != nil {
 		return r.Header, *r.Sum, fmt.Errorf("memory file %s: %w", name, err)
 	}
 	return r.Header, *r.Sum, nil
@@ -123,19 +124,21 @@ func (s *source) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// copyTo writes the stream to w, decompressed, and compares it and what is
-// stored with sum. w may have got all of the stream before an error.
-func (s *source) copyTo(w io.Writer, sum Sum) error {
+// copyTo writes the stream to w, decrypted and decompressed, and compares it and
+// what is stored with the record. w may have got all of the stream before an
+// error.
+func (s *source) copyTo(w io.Writer, r record, key *Key) error {
+	sum := r.Sum
+	if err := key.opens(r); err != nil {
+		return err
+	}
 	out := &counter{w: w, left: sum.Length}
 	stream := s.digest
-	var err error
-	if sum.Compression == "" {
-		_, err = io.CopyBuffer(onlyWriter{out}, s, make([]byte, piece))
-	} else {
+	if sum.Compression != "" {
 		stream = newDigest()
 		out.w = io.MultiWriter(stream, w)
-		err = decompress(out, s)
 	}
+	err := s.unpack(out, *sum, key)
 	switch {
 	case s.err != nil:
 		return s.err
@@ -147,10 +150,25 @@ func (s *source) copyTo(w io.Writer, sum Sum) error {
 		return fmt.Errorf("%w: it has the checksum %s and not %s", ErrAltered, s.digest, sum.StoredChecksum)
 	case out.left > 0:
 		return fmt.Errorf("%w: %d bytes of the stream are missing", ErrAltered, out.left)
-	case stream.String() != sum.Checksum:
+	case sum.Encryption == "" && stream.String() != sum.Checksum: // age has authenticated the others
 		return fmt.Errorf("%w: the stream has the checksum %s and not %s", ErrAltered, stream, sum.Checksum)
 	}
 	return nil
+}
+
+// unpack writes the stream to w.
+func (s *source) unpack(w io.Writer, sum Sum, key *Key) (err error) {
+	var from io.Reader = s
+	if sum.Encryption != "" {
+		if from, err = key.decrypt(s); err != nil {
+			return err
+		}
+	}
+	if sum.Compression != "" {
+		return decompress(w, from)
+	}
+	_, err = io.CopyBuffer(onlyWriter{w}, from, make([]byte, piece))
+	return err
 }
 
 // counter passes on at most left bytes.

@@ -59,7 +59,7 @@ func TestVerifyFindsAnyAlteredBit(t *testing.T) {
 		for _, at := range places {
 			for _, mask := range []byte{1, 0x80} {
 				altered(t, root, at, mask, func() {
-					_, _, err := Verify(t.Context(), root, "m", nil)
+					_, _, err := Verify(t.Context(), root, "m", nil, nil)
 					want := ErrAltered
 					if at < int64(len(headerMagic)) {
 						want = ErrNotMemory
@@ -70,7 +70,7 @@ func TestVerifyFindsAnyAlteredBit(t *testing.T) {
 				})
 			}
 		}
-		if _, got, err := Verify(t.Context(), root, "m", nil); err != nil || got != sum {
+		if _, got, err := Verify(t.Context(), root, "m", nil, nil); err != nil || got != sum {
 			t.Errorf("put back: %+v, %v", got, err)
 		}
 	})
@@ -95,7 +95,7 @@ func TestVerifyLength(t *testing.T) {
 			if err := errors.Join(os.WriteFile(path, whole, 0o600), os.Truncate(path, tt.size)); err != nil {
 				t.Fatal(err)
 			}
-			if _, _, err := Verify(t.Context(), root, "m", nil); !errors.Is(err, tt.want) {
+			if _, _, err := Verify(t.Context(), root, "m", nil, nil); !errors.Is(err, tt.want) {
 				t.Errorf("%d bytes of %d: %v, want %v", tt.size, size, err, tt.want)
 			}
 		}
@@ -122,7 +122,7 @@ func TestVerifyRecord(t *testing.T) {
 			if err := errors.Join(writeRecord(file, record{Header: someHeader, Sum: &changed}), file.Close()); err != nil {
 				t.Fatal(err)
 			}
-			if _, _, err := Verify(t.Context(), root, "m", nil); !errors.Is(err, ErrAltered) {
+			if _, _, err := Verify(t.Context(), root, "m", nil, nil); !errors.Is(err, ErrAltered) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
@@ -140,7 +140,7 @@ func otherForm(s Sum) Sum {
 func TestVerifyProgress(t *testing.T) {
 	forms(t, pattern(3<<20), func(t *testing.T, root *os.Root, sum Sum) {
 		var last, calls uint64
-		_, _, err := Verify(t.Context(), root, "m", func(done, total uint64) {
+		_, _, err := Verify(t.Context(), root, "m", nil, func(done, total uint64) {
 			if done < last || total != sum.Stored {
 				t.Errorf("progress %d of %d after %d", done, total, last)
 			}
@@ -156,7 +156,7 @@ func TestVerifyCancelled(t *testing.T) {
 	forms(t, pattern(3<<20), func(t *testing.T, root *os.Root, sum Sum) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		_, _, err := Verify(ctx, root, "m", func(uint64, uint64) { cancel() })
+		_, _, err := Verify(ctx, root, "m", nil, func(uint64, uint64) { cancel() })
 		if !errors.Is(err, context.Canceled) || errors.Is(err, ErrAltered) {
 			t.Errorf("got %v", err)
 		}

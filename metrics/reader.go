@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -99,10 +100,25 @@ func (r *reader) Describe(out chan<- *prometheus.Desc) {
 	}
 }
 
+// scraped is a source during one scrape: the VMs, whose layers are looked at for
+// it, are read once.
+type scraped struct {
+	Source
+	once      sync.Once
+	vms       []agent.VMView
+	discovery agent.Discovery
+}
+
+func (s *scraped) VMs(ctx context.Context) ([]agent.VMView, agent.Discovery) {
+	s.once.Do(func() { s.vms, s.discovery = s.Source.VMs(ctx) })
+	return s.vms, s.discovery
+}
+
 // Collect reads everything, each reading for itself.
 func (r *reader) Collect(out chan<- prometheus.Metric) {
+	source := &scraped{Source: r.source}
 	for _, reading := range r.readings {
-		metrics, err := reading.fenced(r.source)
+		metrics, err := reading.fenced(source)
 		success := 1.0
 		if err != nil {
 			success = 0

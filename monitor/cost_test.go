@@ -134,3 +134,73 @@ func BenchmarkExecute(b *testing.B) {
 		})
 	}
 }
+
+// The least that one message costs: what encoding/json takes for it, its copy,
+// and the command's context and channel.
+const (
+	maxExecuteAllocs = 40
+	maxEventAllocs   = 12
+)
+
+// TestAllocations holds the line on the two paths that every VM is served by: a
+// command with its reply, and an event.
+func TestAllocations(t *testing.T) {
+	s, peer := connected(t)
+	go answer(peer, `{"status": "running", "running": true}`)
+	execute := func() {
+		if _, err := s.QueryStatus(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := testing.AllocsPerRun(100, execute); n > maxExecuteAllocs {
+		t.Errorf("a command allocates %g times, over %d", n, maxExecuteAllocs)
+	}
+	events, sub := newEvents(t)
+	if n := testing.AllocsPerRun(100, func() { events.next(t, sub) }); n > maxEventAllocs {
+		t.Errorf("an event allocates %g times, over %d", n, maxEventAllocs)
+	}
+}
+
+// events is a QEMU that sends one event after the other.
+type events struct{ peer *net.UnixConn }
+
+var stopEvent = []byte(`{"timestamp": {"seconds": 1700000000, "microseconds": 12}, "event": "STOP", "data": {"reason": "test"}}` + "\r\n")
+
+func newEvents(t testing.TB) (events, *Subscription) {
+	s, peer := connected(t)
+	sub := s.Subscribe(1, "STOP", "RESUME")
+	t.Cleanup(sub.Close)
+	return events{peer}, sub
+}
+
+// next sends an event and takes it in.
+func (e events) next(t testing.TB, sub *Subscription) {
+	if _, err := e.peer.Write(stopEvent); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-sub.C; got.Name != "STOP" {
+		t.Fatalf("event %+v", got)
+	}
+}
+
+func BenchmarkEvent(b *testing.B) {
+	e, sub := newEvents(b)
+	b.ReportAllocs()
+	for b.Loop() {
+		e.next(b, sub)
+	}
+}
+
+// BenchmarkDecode cuts a block graph into its objects and decodes it, as the
+// reader of a session does.
+func BenchmarkDecode(b *testing.B) {
+	graph := []byte(`{"return": [` + strings.Repeat(`{"node-name": "#block123", "file": "/srv/vm/web/root.7f3a0c11-0.qcow2", "ro": false, "image": {"virtual-size": 68719476736}},`, 400) + `{}], "id": "a.1"}` + "\r\n")
+	b.SetBytes(int64(len(graph)))
+	b.ReportAllocs()
+	for b.Loop() {
+		d := newDecoder(bytes.NewReader(graph), DefaultReplyLimit)
+		if m, err := d.nextMessage(); err != nil || len(m.Return) == 0 {
+			b.Fatal(err)
+		}
+	}
+}

@@ -77,7 +77,6 @@ var limits = map[string]limit{
 	"system_reset": runControl,
 	"set-action":   runControl,
 
-	"blockdev-create":           graph,
 	"blockdev-add":              graph,
 	"blockdev-del":              graph,
 	"blockdev-reopen":           graph,

@@ -19,7 +19,7 @@ RestartSec=0
 
 // stillCommand is a QEMU whose guest has nothing to boot.
 func (tr *tree) stillCommand(name string) string {
-	return fmt.Sprintf("qemu-system-x86_64 -nodefaults -display none -machine pc,accel=tcg -m 16 -qmp unix:%[1]s/%[2]s/qmp,server=on,wait=off "+
+	return fmt.Sprintf("qemu-system-x86_64 -nodefaults -display none -machine pc,accel=tcg -m 16 -qmp unix:%[1]s/%[2]s/qmp,server=on,wait=off -qmp unix:%[1]s/%[2]s/q2,server=on,wait=off "+
 		"-drive file=%[1]s/%[2]s/root.qcow2,if=none,id=d,format=qcow2 -device virtio-blk-pci,id=root,drive=d", tr.dir, name)
 }
 
@@ -40,23 +40,43 @@ func TestQEMULaunchersOfSystemd(t *testing.T) {
 	tr.sh("chmod 755 " + tr.dir + "; chown -R 4711:4712 " + tr.dir + "/db")
 	tr.write("/etc/systemd/system/vm@.service", fmt.Sprintf(vmUnit, tr.stillCommand("web")))
 	tr.sh("systemctl daemon-reload; systemctl start vm@1.service")
-	tr.sh("systemd-run --quiet --collect --unit=db --slice=tenant -p User=4711 -p Group=4712 -p SupplementaryGroups=4713 " + tr.stillCommand("db") + " -name db")
+	tr.startDB()
 	tr.startDaemon()
 
 	t.Run("unit", func(t *testing.T) { tr.t = t; tr.restoresThroughUnit() })
 	t.Run("systemd", func(t *testing.T) { tr.t = t; tr.restoresInTransientUnit() })
 	t.Run("killed", func(t *testing.T) { tr.t = t; tr.killedInLaunch() })
+	t.Run("killed in steps", func(t *testing.T) { tr.t = t; tr.killedInRestores() })
 	t.Run("denied", func(t *testing.T) { tr.t = t; tr.deniedBySystemd() })
 	tr.t = t
 }
 
+// startDB starts the VM that has no unit of its own.
+func (tr *tree) startDB() {
+	tr.t.Helper()
+	tr.sh("systemd-run --quiet --collect --unit=db --slice=tenant -p User=4711 -p Group=4712 -p SupplementaryGroups=4713 " + tr.stillCommand("db") + " -name db")
+}
+
 func (tr *tree) startDaemon(properties ...string) {
 	tr.t.Helper()
-	args := append([]string{"systemd-run", "--quiet", "--collect", "--unit=vmsnapd-test", "-p", "KillMode=process"}, properties...)
-	tr.run(append(args, "/packages/vmsnapd", "--config", "/dev/null", "--state-dir", tr.dir+"/state", "--run-dir", tr.dir, "--metrics-listen", "127.0.0.1:9777")...)
+	tr.runDaemon(properties...)
 	for _, vm := range []string{"web1", "db"} {
 		tr.inState(vm, "running")
 	}
+}
+
+// runDaemon starts the daemon and waits until it answers.
+func (tr *tree) runDaemon(properties ...string) {
+	tr.t.Helper()
+	args := append([]string{"systemd-run", "--quiet", "--collect", "--unit=vmsnapd-test", "-p", "KillMode=process"}, properties...)
+	tr.run(append(args, "/packages/vmsnapd", "--config", "/dev/null", "--state-dir", tr.dir+"/state", "--run-dir", tr.dir, "--metrics-listen", "127.0.0.1:9777")...)
+	tr.eventually(changeDeadline, "the daemon answers", func() error {
+		out, err := tr.try(tr.vmsnap("vm", "list")...)
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
 }
 
 func (tr *tree) vmsnap(args ...string) []string {

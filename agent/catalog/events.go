@@ -104,12 +104,7 @@ func (r reader) Events(ctx context.Context, f event.Filter) ([]event.Event, erro
 	if f.Newest {
 		text.WriteString(" DESC")
 	}
-	limit := f.Limit
-	if limit <= 0 {
-		limit = -1 // none, to SQLite
-	}
-	text.WriteString(" LIMIT ?")
-	return query(ctx, r, scanEvent, text.String(), append(args, limit)...)
+	return queryKept(ctx, r, scanEvent, f.Visible, f.Limit, text.String(), args...)
 }
 
 // EventBounds returns which events are kept.

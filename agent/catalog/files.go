@@ -95,21 +95,27 @@ func lockDir(dir string) (*dirLock, error) {
 	return &dirLock{f}, nil
 }
 
-// A process that is killed while it starts another leaves the lock to that one,
-// until its exec closes what it inherited: that takes milliseconds.
-const (
-	inheritedFor  = 5 * time.Second
-	inheritedLook = 10 * time.Millisecond
-)
+// inheritedFor is how long the lock of a process that has ended is waited for. One
+// that is killed while it starts another leaves the lock to that one, until its exec
+// closes what it inherited: that takes milliseconds.
+const inheritedFor = 5 * time.Second
 
 // flock takes the lock, and waits for a holder that has ended.
 func flock(f *os.File) error {
-	for give := time.Now().Add(inheritedFor); ; {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if !errors.Is(err, unix.EWOULDBLOCK) || !ended(f) || time.Now().After(give) {
-			return err
-		}
-		time.Sleep(inheritedLook) // nothing announces an exec
+	fd := int(f.Fd())
+	err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+	if !errors.Is(err, unix.EWOULDBLOCK) || !ended(f) {
+		return err
+	}
+	taken := make(chan error, 1)
+	go func() { taken <- unix.Flock(fd, unix.LOCK_EX) }()
+	select {
+	case err := <-taken:
+		return err
+	case <-time.After(inheritedFor):
+		// What waits goes on waiting, and lets go at once of what it gets, since
+		// the caller closes the file.
+		return err
 	}
 }
 

@@ -136,10 +136,6 @@ func (r reader) Operation(ctx context.Context, id string) (op.Record, error) {
 
 // Operations returns the operations that the filter lets through, newest first.
 func (r reader) Operations(ctx context.Context, f op.Filter) ([]op.Record, error) {
-	limit := f.Limit
-	if limit <= 0 {
-		limit = -1 // none, to SQLite
-	}
 	text, args := selectOperation+" WHERE true", []any{}
 	if f.Active {
 		text += " AND ended = 0"
@@ -148,7 +144,7 @@ func (r reader) Operations(ctx context.Context, f op.Filter) ([]op.Record, error
 		text += " AND vm = ?"
 		args = append(args, f.VMID)
 	}
-	return query(ctx, r, scanOperation, text+" ORDER BY seq DESC LIMIT ?", append(args, limit)...)
+	return queryKept(ctx, r, scanOperation, f.Visible, f.Limit, text+" ORDER BY seq DESC", args...)
 }
 
 // OperationByRequest returns the operation that a user started under a request

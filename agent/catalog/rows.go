@@ -28,6 +28,15 @@ type scanner interface{ Scan(into ...any) error }
 // query returns all rows of an answer. One statement sees one state of the
 // database, so each read is a single statement.
 func query[T any](ctx context.Context, r reader, scan func(scanner) (T, error), text string, args ...any) ([]T, error) {
+	return queryKept(ctx, r, scan, nil, 0, text, args...)
+}
+
+// queryKept returns the first rows of an answer that are to be kept, at most limit
+// of them, or all when that is 0. A nil keep keeps every row.
+func queryKept[T any](ctx context.Context, r reader, scan func(scanner) (T, error), keep func(T) bool, limit int, text string, args ...any) ([]T, error) {
+	if keep == nil && limit > 0 {
+		text, args = text+" LIMIT ?", append(args, limit)
+	}
 	rows, err := r.q.QueryContext(ctx, text, args...)
 	if err != nil {
 		return nil, storeError(r.path, err)
@@ -39,7 +48,12 @@ func query[T any](ctx context.Context, r reader, scan func(scanner) (T, error), 
 		if err != nil {
 			return nil, fmt.Errorf("catalog %s: %w", r.path, err)
 		}
-		all = append(all, v)
+		if keep != nil && !keep(v) {
+			continue
+		}
+		if all = append(all, v); len(all) == limit {
+			break
+		}
 	}
 	return all, storeError(r.path, rows.Err())
 }

@@ -114,10 +114,11 @@ type SavedMemory struct {
 	Size       uint64        `json:"size"`     // bytes of the file
 	StreamSize uint64        `json:"stream_size"`
 	Compressed bool          `json:"compressed"`
-	Checksum   string        `json:"checksum"` // over the whole file, hexadecimal
-	RAM        uint64        `json:"ram"`      // the guest's, bytes
-	Pause      time.Duration `json:"pause"`    // how long its CPUs stood still
-	Duration   time.Duration `json:"duration"` // from the cut until all was saved
+	Recipient  string        `json:"recipient,omitempty"` // that it is encrypted to, with age; "": it is plain
+	Checksum   string        `json:"checksum"`            // over the whole file, hexadecimal
+	RAM        uint64        `json:"ram"`                 // the guest's, bytes
+	Pause      time.Duration `json:"pause"`               // how long its CPUs stood still
+	Duration   time.Duration `json:"duration"`            // from the cut until all was saved
 }
 
 // Quiesce is what the freeze came to.

@@ -27,6 +27,21 @@ func (c *Catalog) UpsertVM(ctx context.Context, v VM) (out VM, err error) {
 	return out, err
 }
 
+// UpsertVMs records VMs at once, all or none, and returns them as they are recorded;
+// see UpsertVM.
+func (c *Catalog) UpsertVMs(ctx context.Context, vms []VM) (out []VM, err error) {
+	err = c.Update(ctx, func(tx *Tx) error {
+		out = make([]VM, len(vms))
+		for i, v := range vms {
+			if out[i], err = tx.UpsertVM(ctx, v); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
 // UpsertVM records a VM; see Catalog.UpsertVM.
 func (tx *Tx) UpsertVM(ctx context.Context, v VM) (VM, error) {
 	if v.Identity == "" {

@@ -2,6 +2,7 @@ package discover
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -279,21 +280,17 @@ func TestQEMUQuestionsAreNoVMs(t *testing.T) {
 // time after the process.
 func greet(t *testing.T, p Process, s Socket) *qmpConn {
 	t.Helper()
-	address, err := p.Address(s)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	conn, err := testvm.Connect(ctx, nil, func(ctx context.Context) (net.Conn, error) {
+		address, err := p.Address(s)
+		if err != nil {
+			return nil, err
+		}
+		return (&net.Dialer{}).DialContext(ctx, "unix", address)
+	})
 	if err != nil {
 		t.Fatal(err)
-	}
-	var conn net.Conn
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if conn, err = net.Dial("unix", address); err == nil {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatal(err)
-		}
-		if address, err = p.Address(s); err != nil {
-			t.Fatal(err)
-		}
 	}
 	t.Cleanup(func() { _ = conn.Close() })
 	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
@@ -301,7 +298,7 @@ func greet(t *testing.T, p Process, s Socket) *qmpConn {
 	}
 	q := &qmpConn{t, conn, bufio.NewReader(conn)}
 	if line := q.line(); !strings.Contains(line, `"QMP"`) {
-		t.Fatalf("%s greets with %q", address, line)
+		t.Fatalf("%s greets with %q", conn.RemoteAddr(), line)
 	}
 	return q
 }

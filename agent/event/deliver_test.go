@@ -156,7 +156,7 @@ func TestDeliverLater(t *testing.T) {
 		source.position["taker"] = 0
 		source.add(5)
 		defer deliver(t, source, sink)()
-		time.Sleep(time.Until(back) + retryLast)
+		time.Sleep(time.Until(back) + retryLast) // by the bubble's clock
 		synctest.Wait()
 		if diff := cmp.Diff([]uint64{1, 2, 3, 4, 5}, sink.seen()); diff != "" {
 			t.Error(diff)

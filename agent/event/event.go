@@ -79,10 +79,11 @@ type Filter struct {
 	Severity  Severity
 	Operation string
 	Schedule  string
-	Since     uint64    // only those with a greater number
-	After     time.Time // only those at or after it
-	Limit     int       // no more than these; all when 0
-	Newest    bool      // the newest ones, the newest first; else the oldest first
+	Since     uint64           // only those with a greater number
+	After     time.Time        // only those at or after it
+	Visible   func(Event) bool // only these; all when nil
+	Limit     int              // no more than these; all when 0
+	Newest    bool             // the newest ones, the newest first; else the oldest first
 }
 
 // Bounds are the numbers of the first and the last event that are kept. Without

@@ -59,6 +59,13 @@ func (e *Error) WithHint(format string, args ...any) *Error {
 	return &c
 }
 
+// About returns the error with the VM that it is about.
+func (e *Error) About(vm string) *Error {
+	c := *e
+	c.Message = "VM " + vm + ": " + e.Message
+	return &c
+}
+
 // Error returns the message. The cause is part of the message already when it
 // was given by %w.
 func (e *Error) Error() string { return e.Message }

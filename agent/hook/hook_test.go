@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 // put makes a hook of the phase pre-freeze.
@@ -138,8 +139,8 @@ func TestRunBoundsTheOutput(t *testing.T) {
 	}
 }
 
-// alive reports whether a process runs.
-func alive(t *testing.T, file string) bool {
+// pidIn returns the process id that a hook has written to a file.
+func pidIn(t *testing.T, file string) int {
 	t.Helper()
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -149,6 +150,13 @@ func alive(t *testing.T, file string) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return pid
+}
+
+// alive reports whether a process runs.
+func alive(t *testing.T, file string) bool {
+	t.Helper()
+	pid := pidIn(t, file)
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	return err == nil && !strings.Contains(string(stat), ") Z ") && syscall.Kill(pid, 0) == nil
 }
@@ -166,10 +174,17 @@ func TestRunEndsTheGroupAtItsLimit(t *testing.T) {
 // gone waits for the end of a process that was killed.
 func gone(t *testing.T, file string) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); alive(t, file); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("what the hook left goes on")
-		}
+	fd, err := unix.PidfdOpen(pidIn(t, file), 0)
+	if errors.Is(err, unix.ESRCH) {
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	limit := int((10 * time.Second).Milliseconds())
+	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, limit); err != nil || n == 0 {
+		t.Fatalf("what the hook left goes on: %v", err)
 	}
 }
 

@@ -58,7 +58,8 @@ func (s Spec) Start(ctx context.Context) (*Launched, error) {
 }
 
 // Probe finds out, while nothing depends on it, whether this process may start what
-// the specification says: it starts something that does nothing in the same way.
+// the specification says: it starts something that does nothing in the same way. What
+// it leaves behind when it is interrupted, Clear takes back.
 func (s Spec) Probe(ctx context.Context) error {
 	if s.Launcher != Unit && s.Launcher != Systemd {
 		return nil
@@ -74,8 +75,11 @@ func (s Spec) Probe(ctx context.Context) error {
 		Name: "vmsnap-" + s.Operation + "-probe.service", Description: "Whether vmsnapd may start VM " + s.VM, Command: []string{"/bin/sh", "-c", ":"},
 	})
 	if err == nil && s.Launcher == Unit {
-		if err = units.Override(ctx, s.Unit, dropIn, "[Service]\n"); err == nil {
-			err = units.Restore(ctx, s.Unit, dropIn)
+		err = units.Override(ctx, s.Unit, dropIn, "[Service]\n")
+		back, stop := context.WithTimeout(context.WithoutCancel(ctx), startWithin)
+		defer stop()
+		if failed := units.Restore(back, s.Unit, dropIn); err == nil { // and what a failure has left
+			err = failed
 		}
 	}
 	if err != nil {

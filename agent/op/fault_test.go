@@ -191,7 +191,7 @@ func TestBackgroundWritesAreFew(t *testing.T) {
 		rec := mustStart(t, r, web, func(ctx context.Context, o *Op) error {
 			for i := range 1000 { // ten seconds
 				if err := o.Step(ctx, "step", func(context.Context) error {
-					time.Sleep(10 * time.Millisecond)
+					time.Sleep(10 * time.Millisecond) // by the bubble's clock
 					return nil
 				}); err != nil {
 					return err
@@ -200,7 +200,7 @@ func TestBackgroundWritesAreFew(t *testing.T) {
 			}
 			return nil
 		})
-		time.Sleep(1500 * time.Millisecond)
+		time.Sleep(1500 * time.Millisecond) // by the bubble's clock
 		if s := store.stored(t, rec.ID); len(s.Steps) < 90 || len(s.Steps) > 110 {
 			t.Errorf("after a second and a half the store has %d steps", len(s.Steps))
 		}

@@ -68,7 +68,7 @@ func TestAStepInAnyCaseOfACancelledOperation(t *testing.T) {
 			err := o.StepInAnyCase(context.WithoutCancel(ctx), "post-thaw", func(context.Context) error { ran = true; return nil })
 			return errors.Join(err, context.Cause(ctx))
 		})
-		time.Sleep(time.Second)
+		time.Sleep(time.Second) // by the bubble's clock
 		if _, err := r.Cancel(t.Context(), rec.ID); err != nil {
 			t.Fatal(err)
 		}

@@ -18,7 +18,7 @@ func TestAnOperationThatIsLeftStaysUnfinished(t *testing.T) {
 			if err := o.Journal(ctx, "cut", []byte(`{}`)); err != nil {
 				return err
 			}
-			<-time.After(time.Second)
+			<-time.After(time.Second) // by the bubble's clock
 			return fmt.Errorf("waiting for QEMU: %w", ErrLeave)
 		})
 		if _, err := r.Wait(t.Context(), began.ID); err == nil {

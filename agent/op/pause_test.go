@@ -50,7 +50,7 @@ func TestPause(t *testing.T) {
 		if _, err := r.Pause(t.Context(), rec.ID); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(2 * saveInterval) // it is written in the background
+		time.Sleep(2 * saveInterval) // by the bubble's clock: it is written in the background
 		if !store.stored(t, rec.ID).Paused {
 			t.Error("the next daemon would not know that it is paused")
 		}

@@ -90,7 +90,7 @@ func TestReportsAfterTheEndAreDropped(t *testing.T) {
 		stray.Progress(1, 2, "bytes")
 		stray.Warn(Warning{Code: "late"})
 		_ = stray.Step(t.Context(), "late", func(context.Context) error { return nil })
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) // by the bubble's clock
 		writes := store.count("update")
 		stray.saveNow() // as a timer that was late would
 		if n := store.count("update"); n != writes {

@@ -3,6 +3,7 @@ package op
 import (
 	"encoding/json"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/vmsnap/vmsnap/agent/fault"
@@ -60,8 +61,8 @@ func (s State) Final() bool { return s == Succeeded || s == Failed || s == Cance
 type Record struct {
 	ID        string // eight hexadecimal digits; part of the names of everything the operation makes
 	Kind      Kind
-	VMID      string
-	VMName    string
+	VMID      string // empty for an operation on several VMs
+	VMName    string // of several: their names, separated by commas
 	State     State
 	Request   json.RawMessage // the request as the recipe understands it
 	RequestID string          // the caller's idempotency key; empty when none was given
@@ -78,6 +79,14 @@ type Record struct {
 	Ended     time.Time // zero until it ends
 	Revision  uint64    // grows with every change that a watcher can see
 	Queue     Place     // where it waits for its turn; not stored
+}
+
+// VMs returns the names of the VMs that the operation is about.
+func (r Record) VMs() []string {
+	if r.VMID != "" || r.VMName == "" {
+		return []string{r.VMName}
+	}
+	return strings.Split(r.VMName, ",") // of a group
 }
 
 // clone returns a copy that shares nothing that changes.

@@ -61,7 +61,7 @@ func TestRevertAtLength(t *testing.T) {
 		rec := mustStart(t, r, web, func(_ context.Context, o *Op) error {
 			o.RevertAtLength("merge", func(ctx context.Context) error {
 				o.Progress(1, 2, "bytes")
-				time.Sleep(time.Hour)
+				time.Sleep(time.Hour) // by the bubble's clock
 				return ctx.Err()
 			})
 			return errors.New("no")

@@ -82,7 +82,7 @@ func snapshotLike(t *testing.T, r *Runner, store *memStore, entries *[]Entry) Re
 		o.Warn(Warning{Code: "disk-excluded", Disk: "disk1", Message: "left out"})
 		o.SetPartial()
 		if err := o.Step(ctx, "freeze", func(context.Context) error {
-			time.Sleep(40 * time.Millisecond)
+			time.Sleep(40 * time.Millisecond) // by the bubble's clock
 			return o.Journal(ctx, "freeze", map[string]int{"pid": 7})
 		}); err != nil {
 			return err
@@ -104,7 +104,7 @@ func TestRecipeOutlivesTheCaller(t *testing.T) {
 			if ctx.Value(key{}) != "kept" {
 				t.Error("the context lost its values")
 			}
-			time.Sleep(time.Minute)
+			time.Sleep(time.Minute) // by the bubble's clock
 			return ctx.Err()
 		})
 		if err != nil {
@@ -149,7 +149,7 @@ func TestBusy(t *testing.T) {
 func TestRequestIDUnderConcurrency(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newTestRunner(&memStore{before: func(int, string, Record) error {
-			time.Sleep(time.Millisecond) // let the others in
+			time.Sleep(time.Millisecond) // by the bubble's clock: let the others in
 			return nil
 		}})
 		spec := web

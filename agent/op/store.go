@@ -46,7 +46,8 @@ const (
 
 // Filter chooses operations.
 type Filter struct {
-	VMID   string // of one VM only, unless empty
-	Active bool   // only those that have not ended
-	Limit  int    // no more than these; all when 0
+	VMID    string            // of one VM only, unless empty
+	Active  bool              // only those that have not ended
+	Visible func(Record) bool // only these; all when nil
+	Limit   int               // no more than these; all when 0
 }

@@ -20,12 +20,12 @@ func TestWatchTellsOfEachChange(t *testing.T) {
 			<-begin
 			for _, name := range []string{"freeze", "cut"} {
 				if err := o.Step(ctx, name, func(context.Context) error {
-					time.Sleep(time.Millisecond)
+					time.Sleep(time.Millisecond) // by the bubble's clock
 					return nil
 				}); err != nil {
 					return err
 				}
-				time.Sleep(time.Millisecond)
+				time.Sleep(time.Millisecond) // by the bubble's clock
 			}
 			return nil
 		})
@@ -70,7 +70,7 @@ func TestWatchersDoNotHoldUpAnOperation(t *testing.T) {
 		rec := mustStart(t, r, web, func(_ context.Context, o *Op) error {
 			for i := range 10000 {
 				o.Progress(uint64(i), 10000, "bytes")
-				time.Sleep(time.Millisecond)
+				time.Sleep(time.Millisecond) // by the bubble's clock
 			}
 			return nil
 		})
@@ -80,7 +80,7 @@ func TestWatchersDoNotHoldUpAnOperation(t *testing.T) {
 					t.Error(err)
 				}
 				n, last = n+1, rec
-				time.Sleep(pause)
+				time.Sleep(pause) // by the bubble's clock
 			}
 			return n, last
 		}

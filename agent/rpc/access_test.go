@@ -23,7 +23,7 @@ func promisedRoles(t *testing.T) map[string]Role {
 	}
 	roles := map[string]Role{"viewer": Viewer, "operator": Operator, "admin": Admin}
 	promised := map[string]Role{}
-	for _, row := range regexp.MustCompile("(?m)^\\| (`.*`) \\| (viewer|operator|admin) \\|$").FindAllStringSubmatch(string(text), -1) {
+	for _, row := range regexp.MustCompile("(?m)^\\| (`.*`) \\| (viewer|operator|admin) \\| .* \\|$").FindAllStringSubmatch(string(text), -1) {
 		for _, name := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(row[1], -1) {
 			promised["/vmsnap.v1."+name[1]] = roles[row[2]]
 		}

@@ -22,7 +22,7 @@ var changeNothing = map[string]bool{
 
 // changes reports whether a procedure changes anything.
 func changes(procedure string) bool {
-	return needed[procedure] > Viewer && !changeNothing[procedure]
+	return needed[procedure].role > Viewer && !changeNothing[procedure]
 }
 
 // made describes a call that has been made. res is nil when it failed.

@@ -11,6 +11,8 @@ import (
 // Backend does what the API asks for. *agent.Agent is one. Its errors carry a
 // fault.Kind, and a busy error the *op.BusyError that names the operation.
 type Backend interface {
+	Owners
+
 	VMs(ctx context.Context) ([]agent.VMView, agent.Discovery)
 	VM(ctx context.Context, ref string) (agent.VMView, error)
 	Forget(ctx context.Context, ref string, release bool) (layers []string, err error)

@@ -3,6 +3,7 @@ package rpc
 import (
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -16,7 +17,12 @@ import (
 
 // text makes any string fit for Protobuf, which refuses to encode a whole
 // message for one byte that is not UTF-8.
-func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
+func text(s string) string {
+	if utf8.ValidString(s) { // which is much faster to see than to make
+		return s
+	}
+	return strings.ToValidUTF8(s, "\uFFFD")
+}
 
 // each converts a list.
 func each[From, To any](list []From, convert func(From) To) []To {
@@ -146,6 +152,7 @@ func planMemoryProto(m *agent.PlanMemory) *vmsnapv1.PlanMemory {
 		Directory: text(m.Directory),
 		Free:      m.Free,
 		Reserve:   m.Reserve,
+		Recipient: text(m.Recipient),
 		Ram:       m.RAM,
 		Bytes:     m.Bytes,
 		Duration:  span(m.Duration),
@@ -165,6 +172,7 @@ func memoryProto(m *catalog.SavedMemory) *vmsnapv1.SnapshotMemory {
 		Size:       m.Size,
 		StreamSize: m.StreamSize,
 		Compressed: m.Compressed,
+		Recipient:  text(m.Recipient),
 		Checksum:   text(m.Checksum),
 		Ram:        m.RAM,
 		Pause:      span(m.Pause),

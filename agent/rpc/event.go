@@ -21,7 +21,7 @@ func (s eventService) ListEvents(ctx context.Context, req *connect.Request[vmsna
 	if req.Msg.GetLimit() > maxList {
 		return nil, usage("limit is %d; at most %d is allowed", req.Msg.GetLimit(), maxList)
 	}
-	filter.Since, filter.Limit = req.Msg.Since, int(req.Msg.GetLimit())
+	filter.Since, filter.Limit, filter.Visible = req.Msg.Since, int(req.Msg.GetLimit()), visible(ctx)
 	list, err := s.backend.Events(ctx, filter)
 	if err != nil {
 		return nil, err
@@ -36,7 +36,7 @@ func (s eventService) WatchEvents(ctx context.Context, req *connect.Request[vmsn
 	if err != nil {
 		return err
 	}
-	filter.Since = req.Msg.Since
+	filter.Since, filter.Visible = req.Msg.Since, visible(ctx)
 	ctx, cancel := whileServing(ctx)
 	defer cancel()
 	for news, err := range s.backend.WatchEvents(ctx, filter) {

@@ -38,11 +38,11 @@ func NewHandler(backend Backend, opts Options) http.Handler {
 	if log == nil {
 		log = hclog.NewNullLogger()
 	}
-	door := door{opts.Roles, log, opts.Refused}
+	door := door{opts.Roles, backend, log, opts.Refused}
 	common := []connect.HandlerOption{
 		connect.WithReadMaxBytes(maxRequest),
 		connect.WithRequestGate(door.gate),
-		connect.WithInterceptors(calls{log, opts.Made}),
+		connect.WithInterceptors(door, calls{log, opts.Made}),
 		connect.WithRecover(recovered(log)),
 	}
 	served := []string{

@@ -16,7 +16,7 @@ func (s operationService) ListOperations(ctx context.Context, req *connect.Reque
 		return nil, err
 	}
 	records, err := s.backend.Operations(ctx, agent.OperationFilter{
-		VM: req.Msg.GetVm(), Active: req.Msg.GetActive(), Limit: int(req.Msg.GetLimit()),
+		VM: req.Msg.GetVm(), Active: req.Msg.GetActive(), Limit: int(req.Msg.GetLimit()), Visible: visible(ctx),
 	})
 	if err != nil {
 		return nil, err

@@ -3,8 +3,10 @@ package rpc
 import (
 	"context"
 	"fmt"
+	"iter"
 	"net/http"
 	"os/user"
+	"regexp"
 	"strconv"
 	"strings"
 
@@ -43,97 +45,118 @@ func (r Role) String() string {
 	}
 }
 
-// needed is the role that each procedure needs. What is not in it is refused.
-var needed = map[string]Role{
-	vmsnapv1connect.VMServiceListVMsProcedure:  Viewer,
-	vmsnapv1connect.VMServiceGetVMProcedure:    Viewer,
-	vmsnapv1connect.VMServiceFreezeVMProcedure: Operator,
-	vmsnapv1connect.VMServiceThawVMProcedure:   Operator,
-	// A diagnosis changes nothing, but it reads images and talks to the guest.
-	vmsnapv1connect.VMServiceDiagnoseVMProcedure: Operator,
-	vmsnapv1connect.VMServiceRepairVMProcedure:   Operator,
-	vmsnapv1connect.VMServiceForgetVMProcedure:   Admin,
-	vmsnapv1connect.VMServiceAttachDiskProcedure: Admin,
-	vmsnapv1connect.VMServiceDetachDiskProcedure: Admin,
-	// It names directories and users, and no guest is asked.
-	vmsnapv1connect.VMServiceCheckHostProcedure:      Viewer,
-	vmsnapv1connect.VMServiceRebuildCatalogProcedure: Admin,
-
-	vmsnapv1connect.SnapshotServiceListSnapshotsProcedure:  Viewer,
-	vmsnapv1connect.SnapshotServiceGetSnapshotProcedure:    Viewer,
-	vmsnapv1connect.SnapshotServiceCreateSnapshotProcedure: Operator,
-	vmsnapv1connect.SnapshotServiceCreateGroupProcedure:    Operator,
-	// A plan changes nothing, but it talks to the guest.
-	vmsnapv1connect.SnapshotServicePlanSnapshotProcedure:   Operator,
-	vmsnapv1connect.SnapshotServiceRenameSnapshotProcedure: Operator,
-	vmsnapv1connect.SnapshotServiceVerifySnapshotProcedure: Operator,
-	vmsnapv1connect.SnapshotServicePlanRestoreProcedure:    Operator,
-	vmsnapv1connect.SnapshotServiceGetPreviewProcedure:     Viewer,
-	vmsnapv1connect.SnapshotServicePlanDeleteProcedure:     Operator,
-	// What is deleted is gone.
-	vmsnapv1connect.SnapshotServiceDeleteSnapshotsProcedure: Admin,
-	// A restore takes away what was written since.
-	vmsnapv1connect.SnapshotServiceRestoreSnapshotProcedure: Admin,
-	vmsnapv1connect.SnapshotServiceRestoreGroupProcedure:    Admin,
-	vmsnapv1connect.SnapshotServicePreviewSnapshotProcedure: Admin,
-	vmsnapv1connect.SnapshotServiceCommitPreviewProcedure:   Admin,
-	vmsnapv1connect.SnapshotServiceUndoPreviewProcedure:     Admin,
-	// An export hands over what the guest has on its disk.
-	vmsnapv1connect.SnapshotServiceExportSnapshotProcedure: Admin,
-	vmsnapv1connect.SnapshotServiceCloneDiskProcedure:      Admin,
-	vmsnapv1connect.SnapshotServiceCloneVMProcedure:        Admin,
-	// Protections.
-	vmsnapv1connect.SnapshotServiceForgetCloneProcedure: Admin,
-	vmsnapv1connect.SnapshotServiceSetTemplateProcedure: Admin,
-
-	vmsnapv1connect.OperationServiceListOperationsProcedure:  Viewer,
-	vmsnapv1connect.OperationServiceGetOperationProcedure:    Viewer,
-	vmsnapv1connect.OperationServiceWatchOperationProcedure:  Viewer,
-	vmsnapv1connect.OperationServiceCancelOperationProcedure: Operator,
-	vmsnapv1connect.OperationServicePauseOperationProcedure:  Operator,
-	vmsnapv1connect.OperationServiceResumeOperationProcedure: Operator,
-
-	vmsnapv1connect.EventServiceListEventsProcedure:  Viewer,
-	vmsnapv1connect.EventServiceWatchEventsProcedure: Viewer,
-
-	vmsnapv1connect.ScheduleServiceListSchedulesProcedure:  Viewer,
-	vmsnapv1connect.ScheduleServiceGetScheduleProcedure:    Viewer,
-	vmsnapv1connect.ScheduleServiceListRunsProcedure:       Viewer,
-	vmsnapv1connect.ScheduleServiceCreateScheduleProcedure: Operator,
-	vmsnapv1connect.ScheduleServiceEditScheduleProcedure:   Operator,
-	vmsnapv1connect.ScheduleServicePlanScheduleProcedure:   Operator,
-	vmsnapv1connect.ScheduleServicePauseScheduleProcedure:  Operator,
-	vmsnapv1connect.ScheduleServiceResumeScheduleProcedure: Operator,
-	vmsnapv1connect.ScheduleServiceDeleteScheduleProcedure: Operator,
-
-	"/" + grpchealth.HealthV1ServiceName + "/Check":                       Viewer,
-	"/" + grpchealth.HealthV1ServiceName + "/Watch":                       Viewer,
-	"/" + grpcreflect.ReflectV1ServiceName + "/ServerReflectionInfo":      Viewer,
-	"/" + grpcreflect.ReflectV1AlphaServiceName + "/ServerReflectionInfo": Viewer,
+// need is what a call needs: a role, and that for the VMs that it is about.
+type need struct {
+	role Role
+	vms  about
 }
 
-// Roles says which groups have which role. Root and the daemon's own user are
-// always Admin. The zero value gives nobody else a role.
+// needed is what each procedure needs. What is not in it is refused.
+var needed = map[string]need{
+	vmsnapv1connect.VMServiceListVMsProcedure:  {Viewer, listed},
+	vmsnapv1connect.VMServiceGetVMProcedure:    {Viewer, ofVM},
+	vmsnapv1connect.VMServiceFreezeVMProcedure: {Operator, ofVM},
+	vmsnapv1connect.VMServiceThawVMProcedure:   {Operator, ofVM},
+	// A diagnosis changes nothing, but it reads images and talks to the guest.
+	vmsnapv1connect.VMServiceDiagnoseVMProcedure: {Operator, ofVM},
+	vmsnapv1connect.VMServiceRepairVMProcedure:   {Operator, ofVM},
+	vmsnapv1connect.VMServiceForgetVMProcedure:   {Admin, ofVM},
+	vmsnapv1connect.VMServiceAttachDiskProcedure: {Admin, ofVM},
+	vmsnapv1connect.VMServiceDetachDiskProcedure: {Admin, ofVM},
+	// It names directories and users, and no guest is asked.
+	vmsnapv1connect.VMServiceCheckHostProcedure:      {Viewer, host},
+	vmsnapv1connect.VMServiceRebuildCatalogProcedure: {Admin, host},
+
+	vmsnapv1connect.SnapshotServiceListSnapshotsProcedure:  {Viewer, listed},
+	vmsnapv1connect.SnapshotServiceGetSnapshotProcedure:    {Viewer, ofSnapshot},
+	vmsnapv1connect.SnapshotServiceCreateSnapshotProcedure: {Operator, ofVM},
+	vmsnapv1connect.SnapshotServiceCreateGroupProcedure:    {Operator, ofVMs},
+	// A plan changes nothing, but it talks to the guest.
+	vmsnapv1connect.SnapshotServicePlanSnapshotProcedure:   {Operator, ofVM},
+	vmsnapv1connect.SnapshotServiceRenameSnapshotProcedure: {Operator, ofSnapshot},
+	vmsnapv1connect.SnapshotServiceVerifySnapshotProcedure: {Operator, ofSnapshot},
+	vmsnapv1connect.SnapshotServicePlanRestoreProcedure:    {Operator, ofSnapshot},
+	vmsnapv1connect.SnapshotServiceGetPreviewProcedure:     {Viewer, ofVM},
+	vmsnapv1connect.SnapshotServicePlanDeleteProcedure:     {Operator, ofSnapshots},
+	// What is deleted is gone.
+	vmsnapv1connect.SnapshotServiceDeleteSnapshotsProcedure: {Admin, ofSnapshots},
+	// A restore takes away what was written since.
+	vmsnapv1connect.SnapshotServiceRestoreSnapshotProcedure: {Admin, ofSnapshot},
+	vmsnapv1connect.SnapshotServiceRestoreGroupProcedure:    {Admin, ofGroup},
+	vmsnapv1connect.SnapshotServicePreviewSnapshotProcedure: {Admin, ofSnapshot},
+	vmsnapv1connect.SnapshotServiceCommitPreviewProcedure:   {Admin, ofVM},
+	vmsnapv1connect.SnapshotServiceUndoPreviewProcedure:     {Admin, ofVM},
+	// An export hands over what the guest has on its disk.
+	vmsnapv1connect.SnapshotServiceExportSnapshotProcedure: {Admin, ofSnapshot},
+	vmsnapv1connect.SnapshotServiceCloneDiskProcedure:      {Admin, ofSnapshot},
+	vmsnapv1connect.SnapshotServiceCloneVMProcedure:        {Admin, ofNewVM},
+	// Protections.
+	vmsnapv1connect.SnapshotServiceForgetCloneProcedure: {Admin, host},
+	vmsnapv1connect.SnapshotServiceSetTemplateProcedure: {Admin, ofSnapshot},
+
+	vmsnapv1connect.OperationServiceListOperationsProcedure:  {Viewer, listed},
+	vmsnapv1connect.OperationServiceGetOperationProcedure:    {Viewer, ofOperation},
+	vmsnapv1connect.OperationServiceWatchOperationProcedure:  {Viewer, ofOperation},
+	vmsnapv1connect.OperationServiceCancelOperationProcedure: {Operator, ofOperation},
+	vmsnapv1connect.OperationServicePauseOperationProcedure:  {Operator, ofOperation},
+	vmsnapv1connect.OperationServiceResumeOperationProcedure: {Operator, ofOperation},
+
+	vmsnapv1connect.EventServiceListEventsProcedure:  {Viewer, listed},
+	vmsnapv1connect.EventServiceWatchEventsProcedure: {Viewer, listed},
+
+	vmsnapv1connect.ScheduleServiceListSchedulesProcedure:  {Viewer, host},
+	vmsnapv1connect.ScheduleServiceGetScheduleProcedure:    {Viewer, host},
+	vmsnapv1connect.ScheduleServiceListRunsProcedure:       {Viewer, host},
+	vmsnapv1connect.ScheduleServiceCreateScheduleProcedure: {Operator, host},
+	vmsnapv1connect.ScheduleServiceEditScheduleProcedure:   {Operator, host},
+	vmsnapv1connect.ScheduleServicePlanScheduleProcedure:   {Operator, host},
+	vmsnapv1connect.ScheduleServicePauseScheduleProcedure:  {Operator, host},
+	vmsnapv1connect.ScheduleServiceResumeScheduleProcedure: {Operator, host},
+	vmsnapv1connect.ScheduleServiceDeleteScheduleProcedure: {Operator, host},
+
+	"/" + grpchealth.HealthV1ServiceName + "/Check":                       {Viewer, listed},
+	"/" + grpchealth.HealthV1ServiceName + "/Watch":                       {Viewer, listed},
+	"/" + grpcreflect.ReflectV1ServiceName + "/ServerReflectionInfo":      {Viewer, listed},
+	"/" + grpcreflect.ReflectV1AlphaServiceName + "/ServerReflectionInfo": {Viewer, listed},
+}
+
+// Roles says which groups have which role, and for which VMs. Root and the
+// daemon's own user are always Admin of all. The zero value gives nobody else a
+// role.
 type Roles struct {
-	groups map[uint32]Role
+	groups map[uint32][]grant
 	self   uint32 // the daemon's own uid
 }
 
-// ResolveRoles looks up the groups of each role, given by name or number, and
-// takes the uid that the daemon runs as. A group that does not exist is an
-// error: a misspelt one would leave people locked out for no visible reason.
+// grant is a role that a group has for some VMs, or for all.
+type grant struct {
+	role Role
+	vms  *regexp.Regexp // nil: all
+}
+
+// ResolveRoles looks up the groups of each role and takes the uid that the daemon
+// runs as. Each is GROUP, or GROUP:PATTERN for the VMs whose name matches, the
+// group by name or number. A group that does not exist is an error: a misspelt
+// one would leave people locked out for no visible reason.
 func ResolveRoles(self uint32, viewers, operators, admins []string) (Roles, error) {
-	roles := Roles{groups: map[uint32]Role{}, self: self}
+	roles := Roles{groups: map[uint32][]grant{}, self: self}
 	for _, set := range []struct {
 		role   Role
 		groups []string
 	}{{Viewer, viewers}, {Operator, operators}, {Admin, admins}} {
-		for _, name := range set.groups {
+		for _, text := range set.groups {
+			name, pattern, some := strings.Cut(text, ":")
 			gid, err := groupID(name)
 			if err != nil {
 				return Roles{}, fmt.Errorf("group %q of role %s: %w", name, set.role, err)
 			}
-			roles.groups[gid] = max(roles.groups[gid], set.role)
+			g := grant{role: set.role}
+			if some {
+				if g.vms, err = parsePattern(pattern); err != nil {
+					return Roles{}, fmt.Errorf("group %q of role %s: %w", name, set.role, err)
+				}
+			}
+			roles.groups[gid] = append(roles.groups[gid], g)
 		}
 	}
 	return roles, nil
@@ -152,31 +175,69 @@ func groupID(name string) (uint32, error) {
 	return uint32(gid), err
 }
 
-// Of returns the highest role that a peer has.
+// Of returns the highest role that a peer has for any VM.
 func (r Roles) Of(p Peer) Role {
-	if p.UID == 0 || p.UID == r.self {
+	if r.owns(p) {
 		return Admin
 	}
-	role := r.groups[p.GID]
-	for _, gid := range p.Groups {
-		role = max(role, r.groups[gid])
+	role := NoRole
+	for g := range r.grants(p) {
+		role = max(role, g.role)
 	}
 	return role
 }
 
-// door lets calls in.
+// scope returns the VMs for which a peer has a role or a higher one. Without any
+// it is not nil, and empty.
+func (r Roles) scope(p Peer, role Role) scope {
+	if r.owns(p) {
+		return nil
+	}
+	s := scope{}
+	for g := range r.grants(p) {
+		switch {
+		case g.role < role:
+		case g.vms == nil:
+			return nil
+		default:
+			s = append(s, g.vms)
+		}
+	}
+	return s
+}
+
+func (r Roles) owns(p Peer) bool { return p.UID == 0 || p.UID == r.self }
+
+// grants yields what the groups of a peer have.
+func (r Roles) grants(p Peer) iter.Seq[grant] {
+	return func(yield func(grant) bool) {
+		for _, gid := range append([]uint32{p.GID}, p.Groups...) {
+			for _, g := range r.groups[gid] {
+				if !yield(g) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// door lets calls in. A call passes it twice: the gate knows who calls and what
+// for, the interceptor also the VMs that the request is about.
 type door struct {
 	roles   Roles
+	owners  Owners
 	log     hclog.Logger
 	refused func(uid uint32, pid int32, procedure, reason string) // may be nil
 }
 
 // gate refuses calls that the peer's role does not permit, before anything of
 // the request is read, and logs each refusal. It marks the others with who
-// calls.
+// calls, and with the VMs that they may be about.
 func (d door) gate(ctx context.Context, spec connect.Spec, _ connect.Peer, _ http.Header) (context.Context, error) {
-	if peer, known := peerFrom(ctx); known {
+	peer, known := peerFrom(ctx)
+	if known {
 		ctx = event.WithActor(ctx, peer.UID)
+		ctx = context.WithValue(ctx, scopeKey{}, d.roles.scope(peer, needed[spec.Procedure].role))
 	}
 	return ctx, d.permit(ctx, spec.Procedure)
 }
@@ -188,12 +249,17 @@ func (d door) permit(ctx context.Context, procedure string) error {
 		role = d.roles.Of(peer)
 	}
 	need, listed := needed[procedure]
-	if known && listed && role >= need {
+	if known && listed && role >= need.role {
 		return nil
 	}
-	d.log.Warn("call refused", "procedure", procedure, "uid", peer.UID, "pid", peer.PID,
-		"role", role.String(), "needed", need.String(), "identified", known, "listed", listed)
-	err := refusal(peer, role, need, listed, procedure)
+	return d.refuse(ctx, procedure, refusal(peer, role, need.role, listed, procedure))
+}
+
+// refuse logs and tells of a refusal, and gives it the form of the wire.
+func (d door) refuse(ctx context.Context, procedure string, err error) error {
+	peer, known := peerFrom(ctx)
+	_, listed := needed[procedure]
+	d.log.Warn("call refused", "procedure", procedure, "uid", peer.UID, "pid", peer.PID, "identified", known, "listed", listed, "error", err)
 	if d.refused != nil && listed {
 		d.refused(peer.UID, peer.PID, strings.TrimPrefix(procedure, "/vmsnap.v1."), err.Error())
 	}

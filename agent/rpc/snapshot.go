@@ -72,7 +72,7 @@ func (s snapshotService) ListSnapshots(ctx context.Context, req *connect.Request
 	if err := checkListSnapshots(req.Msg); err != nil {
 		return nil, err
 	}
-	snapshots, err := s.backend.Snapshots(ctx, agent.SnapshotFilter{VM: req.Msg.GetVm(), Labels: req.Msg.GetLabels()})
+	snapshots, err := s.backend.Snapshots(ctx, agent.SnapshotFilter{VM: req.Msg.GetVm(), Labels: req.Msg.GetLabels(), Visible: visible(ctx)})
 	if err != nil {
 		return nil, err
 	}

@@ -47,7 +47,7 @@ func (j *journal) logger() hclog.Logger {
 }
 
 // ownRoles makes the tests' own user an admin.
-func ownRoles(t *testing.T) rpc.Roles {
+func ownRoles(t testing.TB) rpc.Roles {
 	t.Helper()
 	roles, err := rpc.ResolveRoles(uint32(os.Getuid()), nil, nil, nil)
 	if err != nil {

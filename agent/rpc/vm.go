@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"slices"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -14,6 +15,9 @@ type vmService struct{ backend Backend }
 
 func (s vmService) ListVMs(ctx context.Context, _ *connect.Request[vmsnapv1.ListVMsRequest]) (*connect.Response[vmsnapv1.ListVMsResponse], error) {
 	vms, discovery := s.backend.VMs(ctx)
+	if may := visible(ctx); may != nil {
+		vms = slices.DeleteFunc(vms, func(v agent.VMView) bool { return !may(v.ID, v.Name) })
+	}
 	return connect.NewResponse(&vmsnapv1.ListVMsResponse{
 		Vms:             each(vms, vmProto),
 		Discovery:       discovery.Source,

@@ -50,17 +50,27 @@ func (p page) columns(indent string, rows [][]string) {
 			widths[i] = max(widths[i], columnsOf(shown(cell)))
 		}
 	}
+	var line []byte
 	for _, row := range rows {
-		var b strings.Builder
-		b.WriteString(indent)
+		line = append(line[:0], indent...)
 		for i, cell := range row {
-			b.WriteString(shown(cell))
+			text := shown(cell)
+			line = append(line, text...)
 			if i < len(row)-1 {
-				b.WriteString(strings.Repeat(" ", widths[i]-columnsOf(shown(cell))+2))
+				line = append(line, spaces(widths[i]-columnsOf(text)+2)...)
 			}
 		}
-		p.out.WriteString(strings.TrimRight(b.String(), " ") + "\n")
+		p.out.Write(append(bytes.TrimRight(line, " "), '\n'))
 	}
+}
+
+// spaces returns so many spaces.
+func spaces(n int) string {
+	const some = "                                "
+	if n <= len(some) {
+		return some[:n]
+	}
+	return strings.Repeat(" ", n)
 }
 
 func shown(cell string) string {
@@ -163,6 +173,8 @@ func columnsOf(s string) int {
 	n := 0
 	for _, r := range s {
 		switch {
+		case r < unicode.MaxASCII:
+			n++
 		case unicode.In(r, unicode.Mn, unicode.Me, unicode.Cf):
 			// drawn on the character before
 		case isWide(r):

@@ -32,6 +32,7 @@ func snapshotDetail(p page, s *vmsnapv1.Snapshot) {
 		"Quiesce", quiesceText(s.GetQuiesce()),
 		"Memory", memoryText(s.GetMemory()),
 		"Memory file", s.GetMemory().GetPath(),
+		"Encrypted to", s.GetMemory().GetRecipient(),
 		"Space", snapshotSpaceText(p, s.GetSpace()),
 		"Description", s.GetDescription(),
 		"Labels", labelsText(s.GetLabels()),
@@ -138,14 +139,18 @@ func memoryPlan(p page, m *vmsnapv1.PlanMemory) {
 	}
 	p.line("")
 	p.line("Memory:")
-	p.columns("  ", [][]string{
+	rows := [][]string{
 		{"strategy", word(m.GetStrategy()) + ": " + m.GetReason()},
 		{"file in", fmt.Sprintf("%s (%s free, %s set aside)", m.GetDirectory(), size(m.GetFree()), size(m.GetReserve()))},
 		{"guest memory", size(m.GetRam())},
 		{"dirtied at", dirty},
 		{"would save", fmt.Sprintf("about %s in %s", size(m.GetBytes()), brief(m.GetDuration().AsDuration()))},
 		{"pause", "about " + brief(m.GetPause().AsDuration())},
-	})
+	}
+	if m.GetRecipient() != "" {
+		rows = append(rows, []string{"encrypted to", m.GetRecipient()})
+	}
+	p.columns("  ", rows)
 }
 
 func warningList(p page, warnings []*vmsnapv1.Warning) {

@@ -31,6 +31,7 @@ type config struct {
 	VMsDir        string
 	OverlayDir    string
 	MemoryDir     string
+	MemoryKey     string
 	Launcher      string
 	KeepPages     bool
 	LogLevel      string
@@ -75,7 +76,7 @@ func (c *config) settings() map[string]any {
 	return map[string]any{
 		"state-dir": &c.StateDir, "run-dir": &c.RunDir, "socket": &c.Socket, "socket-group": &c.SocketGroup,
 		"metrics-listen": &c.MetricsListen, "metrics-config": &c.MetricsConfig, "vms-dir": &c.VMsDir, "overlay-dir": &c.OverlayDir,
-		"memory-dir": &c.MemoryDir, "launcher": &c.Launcher, "leave-pages-split": &c.KeepPages,
+		"memory-dir": &c.MemoryDir, "memory-key": &c.MemoryKey, "launcher": &c.Launcher, "leave-pages-split": &c.KeepPages,
 		"log-level": &c.LogLevel, "log-format": &c.LogFormat, "scan-only": &c.ScanOnly, "listed-only": &c.ListedOnly,
 		"event-keep": &c.EventKeep, "event-max-age": &c.EventMaxAge, "event-journal": &c.EventJournal,
 		"webhook-url": &c.WebhookURL, "webhook-secret": &c.WebhookSecret,
@@ -103,6 +104,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.OverlayDir, "overlay-dir", "", "`directory` in which the overlays of snapshots are made (default: beside the layer that is covered)")
 	f.StringVar(&c.Launcher, "launcher", "auto", "who starts QEMU when memory is restored: auto, unit, systemd, exec or external")
 	f.StringVar(&c.MemoryDir, "memory-dir", "", "`directory` in which memory is saved (default: .vmsnap beside the first disk's layers)")
+	f.StringVar(&c.MemoryKey, "memory-key", "", "`key` that memory is encrypted with: the name of a credential of the unit, or the path of a file (default: it is not)")
 	f.BoolVar(&c.KeepPages, "leave-pages-split", false, "do not put a guest's huge pages back after its memory was saved")
 	f.StringVar(&c.LogLevel, "log-level", "info", "`level`: debug, info, warn or error")
 	f.StringVar(&c.LogFormat, "log-format", "text", "`format`: text or json")
@@ -127,9 +129,9 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.IntVar(&c.MaxChain, "max-chain", agent.DefaultMaxChain, "how many layers of a disk may lie on each other; 0: any number")
 	f.IntVar(&c.LowSpace, "low-space", 1024, "`MiB` that are to be free where a disk grows, or an event and a metric say so; 0: they never do")
 	f.BoolVar(&c.ResumeGuests, "resume-guests", false, "let guests run again that QEMU has stopped for want of space, once there is space")
-	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look")
-	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw")
-	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything")
+	f.StringSliceVar(&c.Viewers, "viewers", nil, "`groups` that may look; GROUP:PATTERN for VMs with such names only")
+	f.StringSliceVar(&c.Operators, "operators", nil, "`groups` that may also take snapshots, freeze and thaw; GROUP:PATTERN for some VMs")
+	f.StringSliceVar(&c.Admins, "admins", nil, "`groups` that may do everything; GROUP:PATTERN everything to some VMs")
 }
 
 // load reads the file, whose settings give way to the flags that were given.
@@ -239,6 +241,9 @@ func (c *config) check() error {
 			return c.wrong("memory-dir", "%q is not an absolute path", c.MemoryDir)
 		}
 		c.MemoryDir = filepath.Clean(c.MemoryDir)
+	}
+	if k := c.MemoryKey; k != "" && !filepath.IsAbs(k) && (filepath.Base(k) != k || k == "." || k == "..") {
+		return c.wrong("memory-key", "%q is neither an absolute path nor the name of a credential", k)
 	}
 	if _, err := launch.ParseKind(c.Launcher); err != nil {
 		return c.wrong("launcher", "%q is not auto, unit, systemd, exec or external", c.Launcher)

@@ -59,6 +59,7 @@ func TestConfigErrorsNameTheSetting(t *testing.T) {
 		"run-dir: /run/x\nstate-dri: /srv\n":          "vmsnapd.yaml:2: state-dri: unknown setting",
 		"run-dir: /run/x\nrun-dir: /run/y\n":          "vmsnapd.yaml:2: run-dir: given twice",
 		"scan-only: perhaps\n":                        "vmsnapd.yaml:1: scan-only: must be true or false",
+		"operators: [\"0:web[1]\"]\n":                 "vmsnapd.yaml:1: operators: group \"0\" of role operator: the pattern \"web[1]\"",
 		"viewers: {a: b}\n":                           "vmsnapd.yaml:1: viewers: must be a list",
 		"log-level:\n":                                "vmsnapd.yaml:1: log-level: must be a text",
 		"# x\nstate-dir: relative\n":                  "vmsnapd.yaml:2: state-dir: ",

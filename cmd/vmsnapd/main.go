@@ -192,6 +192,7 @@ func openAgent(ctx context.Context, c config, m *metrics.Metrics, log hclog.Logg
 	}
 	return agent.Open(ctx, agent.Config{
 		StateDir: c.StateDir, OverridesDir: c.VMsDir, OverlayDir: c.OverlayDir, MemoryDir: c.MemoryDir, KeepPages: c.KeepPages,
+		Sealing:  sealing(c),
 		Freezing: guards, LaunchGuard: []string{guards.Executable[0], "launch-guard"},
 		PauseGuard: []string{guards.Executable[0], "pause-guard", "--log-level", c.LogLevel, "--log-format", c.LogFormat},
 		Launcher:   launcher,

@@ -34,7 +34,8 @@ func TestQEMUOneDaemonForAllItsClients(t *testing.T) {
 	t.Parallel() // it waits most of its time
 	testvm.ForEachQEMU(t, func(t *testing.T, q testvm.QEMU) {
 		g := testvm.Start(t, testvm.Config{QEMU: q, Disks: testvm.TwoDisks()})
-		h := prepareHost(t, "--log-format", "json", "--socket-group", "nogroup", "--viewers", "nogroup")
+		h := prepareHost(t, "--log-format", "json", "--socket-group", "nogroup", "--viewers", "nogroup",
+			"--operators", "65529:"+g.Name+"*,65528:not-"+g.Name)
 		h.list(g.Name, g.UUID)
 		h.start()
 		t.Cleanup(h.end)
@@ -299,6 +300,27 @@ func (h *host) strangerIsAViewer(vm string) {
 	if r := as(nobody, 65530, "vm", "list"); r.code != 7 && r.code != 15 {
 		h.t.Errorf("one of no group lists: %+v", r)
 	}
+	const ours, others = 65529, 65528                 // groups with a role for this VM, and for another
+	if err := os.Chmod(h.socket, 0o666); err != nil { // its group is the viewers'
+		h.t.Fatal(err)
+	}
+	id := h.object("vm", "show", vm)["id"].(string)
+	for _, ref := range []string{vm, id} {
+		if r := as(viewer, ours, "thaw", ref); r.code != 5 || !strings.Contains(r.stderr, "was not frozen") {
+			h.t.Errorf("an operator of this VM thaws %s: %+v", ref, r)
+		}
+		if r := as(viewer, others, "thaw", ref); r.code != 7 || !strings.Contains(r.stderr, "does not have the role operator for VM") {
+			h.t.Errorf("an operator of other VMs thaws %s: %+v", ref, r)
+		}
+	}
+	for _, list := range [][]string{{"vm", "list"}, {"snapshot", "list"}, {"operation", "list"}, {"event", "list"}} {
+		if r := as(viewer, ours, list...); r.code != 0 || !strings.Contains(r.stdout, vm) {
+			h.t.Errorf("an operator of this VM: %v: %+v", list, r)
+		}
+		if r := as(viewer, others, list...); r.code != 0 || strings.Contains(r.stdout, vm) {
+			h.t.Errorf("an operator of other VMs: %v: %+v", list, r)
+		}
+	}
 	if names := h.must("snapshot", "list", vm, "-o", "name"); len(strings.Fields(names)) != 2 {
 		h.t.Errorf("snapshots: %s", names)
 	}
@@ -404,7 +426,7 @@ func (h *host) logIsJSON(g *testvm.Guest) {
 			h.t.Errorf("operation %s: steps %v", id, got)
 		}
 	}
-	if snapshots != 2 || len(steps) != 3 || refused != 3 {
+	if snapshots != 2 || len(steps) != 3 || refused != 5 {
 		h.t.Errorf("%d snapshots of %d operations, %d refused calls", snapshots, len(steps), refused)
 	}
 	if h.t.Failed() {

@@ -32,9 +32,7 @@ func (m moment) String() string {
 var moments = []moment{
 	{step: "preflight", command: "query-named-block-nodes", nth: 1},
 	{step: "overlays", command: "blockdev-add", nth: 1},
-	{step: "overlays", command: "blockdev-create", nth: 1},
-	{step: "overlays", command: "query-jobs", nth: 1},
-	{step: "overlays", command: "job-dismiss", nth: 2},
+	{step: "overlays", command: "blockdev-add", nth: 2},
 	{step: "overlays", command: "blockdev-add", nth: 4},
 	{step: "cut", command: "blockdev-add", nth: 4, locked: true},
 	{step: "cut", command: "transaction", nth: 1, past: true},
@@ -70,6 +68,29 @@ func TestQEMUCancelAtEveryStep(t *testing.T) {
 				t.FailNow()
 			}
 		}
+	})
+}
+
+// TestQEMUCancelWhileFormatting cancels while qemu-img writes a header.
+func TestQEMUCancelWhileFormatting(t *testing.T) {
+	testvm.OnOneQEMU(t, func(t *testing.T, q testvm.QEMU) {
+		vm := newStill(t, q, "cancelformat", "root.qcow2", "data.qcow2")
+		h, g := gatedHost(t, q, vm)
+		vm.write(1)
+		before := h.world(vm.own, vm.dir)
+		g.hold("create")
+		c := h.create(vm.name, "x", "--quiesce", "none")
+		g.await(h, "create")
+		if err := h.cancel(h.operation(vm.name)); err != nil {
+			t.Error(err)
+		}
+		if got := c.end(); got.code != 130 {
+			t.Errorf("exit code %d: %s", got.code, got.stderr)
+		}
+		h.unchanged(vm, "x", before, "cancelled while formatting")
+		g.release("create")
+		h.must("snapshot", "create", vm.name, "x", "--quiesce", "none")
+		vm.holds(1, "after a snapshot")
 	})
 }
 

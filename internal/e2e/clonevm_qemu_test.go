@@ -84,9 +84,7 @@ func TestQEMUCloneVM(t *testing.T) {
 		golden, full := vm.name+"/golden", t.TempDir()
 		before := h.hashes(golden)
 		h.cloneRefused(vm, a)
-		h.must("snapshot", "clone", golden, a, "--start", "--launcher", "exec")
-		h.await(a, "paused")
-		def := readDefinition(t, vm.dir+"/"+a+".vm.json")
+		c, def := h.startsClone(vm, a)
 		if def.UUID == vm.uuid || len(def.MACs) != 1 || def.MACs[0] == originMAC || def.Generation == originGeneration {
 			t.Errorf("not another VM: %+v", def)
 		}
@@ -97,11 +95,6 @@ func TestQEMUCloneVM(t *testing.T) {
 		if text := h.must("vm", "show", a); strings.Count(text, "a layer of VM "+vm.name) < 2 {
 			t.Errorf("it is not shown that its disks are clones:\n%s", text)
 		}
-		own, err := monitor.Dial(h.ctx(), vm.dir+"/"+a+"-q2")
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := &still{t: t, q: q, name: a, dir: vm.dir, disks: vm.disks, own: own}
 		if mac := strings.Join(def.Command, " "); strings.Contains(mac, originMAC) || !strings.Contains(mac, def.MACs[0]) {
 			t.Errorf("the command does not have the address: %s", mac)
 		}
@@ -124,7 +117,7 @@ func TestQEMUCloneVM(t *testing.T) {
 		vm.holds(49, "the origin")
 
 		h.must("snapshot", "clone", golden, b, "--full", "--dir", full)
-		h.cloneEnds(own, vm, a, def)
+		h.cloneEnds(c.own, vm, a, def)
 		h.must("snapshot", "delete", golden)
 		def = readDefinition(t, full+"/"+b+".vm.json")
 		h.startedAs(def.Command)

@@ -331,7 +331,7 @@ func TestQEMUNoSpaceForLayers(t *testing.T) {
 		free()
 
 		before := b.world(vm.own, vm.dir)
-		g := r.hold("blockdev-create", 2)
+		g := r.hold("blockdev-add", 2) // the first disk is formatted, and the second is not
 		c := b.create(vm.name, "x", "--quiesce", "none")
 		g.await(b.host)
 		free = fill(t, vm.dir, 0)

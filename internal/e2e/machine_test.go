@@ -94,20 +94,14 @@ func (m *machine) hold(socket string) *monitor.Session {
 	m.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
-	for {
-		s, err := monitor.Dial(ctx, filepath.Join(m.dir, socket))
-		if err == nil {
-			m.t.Cleanup(func() { _ = s.Close() })
-			return s
-		}
-		select {
-		case <-m.ended:
-			m.t.Fatal("QEMU ended")
-		case <-ctx.Done():
-			m.t.Fatal(err)
-		case <-time.After(5 * time.Millisecond): // its socket is not there yet
-		}
+	s, err := testvm.Connect(ctx, m.ended, func(ctx context.Context) (*monitor.Session, error) {
+		return monitor.Dial(ctx, filepath.Join(m.dir, socket))
+	})
+	if err != nil {
+		m.t.Fatalf("QEMU: %v", err)
 	}
+	m.t.Cleanup(func() { _ = s.Close() })
+	return s
 }
 
 // hostOf starts a daemon with flags that manages machines.

@@ -65,7 +65,7 @@ func loadInto(ctx context.Context, s *monitor.Session, memory string) error {
 		return err
 	}
 	defer func() { _ = dir.Close() }()
-	stream, err := memdump.OpenStream(ctx, dir, filepath.Base(memory))
+	stream, err := memdump.OpenStream(ctx, dir, filepath.Base(memory), nil)
 	if err != nil {
 		return err
 	}

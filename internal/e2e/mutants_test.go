@@ -83,7 +83,7 @@ var mutants = []mutant{
 	},
 	{
 		name: "every caller may do everything", file: "agent/rpc/roles.go",
-		old: "if known && listed && role >= need {", new: "if known && listed {",
+		old: "if known && listed && role >= need.role {", new: "if known && listed {",
 		pkg: "./agent/rpc", test: "TestEveryRoleAtEveryProcedure", says: "permitted is true, and should be false",
 	},
 	{
@@ -106,6 +106,16 @@ var mutants = []mutant{
 		name: "covered layers can be written to", file: "blockdev/dir.go",
 		old: "want = flags | fsImmutable", new: "want = flags",
 		pkg: "./blockdev", test: "TestImmutable", says: "FAIL",
+	},
+	{
+		name: "plain memory is removed and not overwritten", file: "memdump/encrypt.go",
+		old: "overwritten := overwrite(file)", new: "overwritten := error(nil)",
+		pkg: "./memdump", test: "TestPlainMemoryIsDestroyed", says: "not overwritten",
+	},
+	{
+		name: "memory stays plain when the key is gone", file: "agent/memorykey.go",
+		old: "\tif err != nil {\n\t\treturn \"\", fault.New(", new: "\tif err != nil {\n\t\treturn \"\", nil\n\t}\n\tif false {\n\t\treturn \"\", fault.New(",
+		pkg: "./internal/e2e", test: "TestQEMUMemoryIsEncrypted", says: "want 1", slow: true,
 	},
 }
 

@@ -60,8 +60,7 @@ func TestQEMUGuestOutOfSpace(t *testing.T) {
 		f.status(monitor.RunStateIOError)
 		f.shows("out-of-space", `vmsnap_guest_out_of_space{vm="`+vm.name+`"} 1`)
 		free()
-		back := f.told("disk-space-back", full)
-		<-time.After(1500 * time.Millisecond) // it is looked again meanwhile
+		back := f.looksTwice(full)
 		f.status(monitor.RunStateIOError)
 
 		h.signal(syscall.SIGKILL)
@@ -80,10 +79,21 @@ func TestQEMUGuestOutOfSpace(t *testing.T) {
 		low = f.told("disk-space-low", back)
 		free()
 		f.told("disk-space-back", low)
-		<-time.After(1500 * time.Millisecond)
+		<-time.After(time.Second) // far longer than the rest of that look; that it does nothing is no event
 		f.status(monitor.RunStatePaused)
 		vm.check("at the end")
 	})
+}
+
+// looksTwice returns when the daemon has seen that there is space again, and has
+// looked once more after it has done what it then does. It returns the last event.
+func (f *filling) looksTwice(after uint64) uint64 {
+	f.t.Helper()
+	back := f.told("disk-space-back", after)
+	free := fill(f.t, f.vm.dir, 0)
+	low := f.told("disk-space-low", back)
+	free()
+	return f.told("disk-space-back", low)
 }
 
 // filling is a VM whose disk runs out of space.

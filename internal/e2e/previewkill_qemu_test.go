@@ -18,7 +18,7 @@ func TestQEMUPreviewDies(t *testing.T) {
 		b.must("snapshot", "create", b.vm.name, "one", "--quiesce", "none")
 		first, stride := share(t, q)
 		round := 0
-		for _, command := range []string{"blockdev-create", "stop", "system_reset", "cont"} {
+		for _, command := range []string{"blockdev-add", "stop", "system_reset", "cont"} {
 			for _, verb := range []string{"snapshot", "undo"} {
 				for _, how := range []string{"QEMU dies", "the daemon dies", "the daemon dies before it is sent", "both die"} {
 					round++

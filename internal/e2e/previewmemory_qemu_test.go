@@ -3,6 +3,8 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -42,6 +44,7 @@ func TestQEMUPreviewMemory(t *testing.T) {
 			t.Errorf("shown is:\n%s", shown)
 		}
 		h.must("doctor", g.Name)
+		h.undoNeedsItsMemory(g)
 		h.must("preview", "undo", g.Name)
 		h.asBefore(g, "undone", kept, layers)
 
@@ -51,6 +54,29 @@ func TestQEMUPreviewMemory(t *testing.T) {
 		h.must("preview", "undo", g.Name)
 		h.asBefore(g, "undone after a boot", kept, layers)
 	})
+}
+
+// undoNeedsItsMemory takes away what the undo of a preview loads, and has the doctor
+// find it, and puts it back.
+func (h *host) undoNeedsItsMemory(g *testvm.Guest) {
+	h.t.Helper()
+	files := memoryFiles(h.t, g.Dir)
+	for _, path := range files {
+		if err := os.Rename(path, path+".away"); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	found := h.findings(g.Name)
+	if !slices.ContainsFunc(found, func(f finding) bool {
+		return f.Code == "memory-missing" && strings.Contains(f.Message, "cannot be undone")
+	}) {
+		h.t.Errorf("no memory for the undo, and the doctor finds %+v", found)
+	}
+	for _, path := range files {
+		if err := os.Rename(path+".away", path); err != nil {
+			h.t.Fatal(err)
+		}
+	}
 }
 
 // asBefore fails unless the guest goes on from before a preview, of which nothing

@@ -23,10 +23,10 @@ func TestQEMUAReplacedProcessIsAnother(t *testing.T) {
 			args          []string
 		}{
 			{"preflight", "query-named-block-nodes", 1, []string{"snapshot", "create", b.vm.name, "x", "--quiesce", "none"}},
-			{"overlays", "blockdev-create", 1, []string{"snapshot", "create", b.vm.name, "x", "--quiesce", "none"}},
+			{"overlays", "blockdev-add", 2, []string{"snapshot", "create", b.vm.name, "x", "--quiesce", "none"}},
 			{"overlays", "blockdev-add", 4, []string{"snapshot", "create", b.vm.name, "x", "--quiesce", "none"}},
 			{"overlays", "blockdev-add", 1, []string{"snapshot", "restore", b.vm.name + "/one"}},
-			{"overlays", "blockdev-create", 2, []string{"snapshot", "preview", b.vm.name + "/one"}},
+			{"overlays", "blockdev-add", 3, []string{"snapshot", "preview", b.vm.name + "/one"}},
 		} {
 			when := fmt.Sprintf("%s replaced at %s %d", c.args[1], c.command, c.nth)
 			value := i + 2

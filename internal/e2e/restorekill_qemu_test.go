@@ -12,7 +12,7 @@ import (
 
 // restoreMoments are in all steps of a restore of two disks of a running VM.
 var restoreMoments = []moment{
-	{step: "overlays", command: "blockdev-create", nth: 2},
+	{step: "overlays", command: "blockdev-add", nth: 3},
 	{step: "overlays", command: "blockdev-add", nth: 7},
 	{step: "swap", command: "stop", nth: 1},
 	{step: "swap", command: "transaction", nth: 1},

@@ -86,22 +86,16 @@ func (s *still) tryStart() error {
 	go func() { _ = cmd.Wait(); close(ended) }()
 	ctx, cancel := context.WithTimeout(context.Background(), eventLimit)
 	defer cancel()
-	for {
-		own, err := monitor.Dial(ctx, s.dir+"/q2")
-		if err == nil {
-			s.cmd, s.ended, s.own = cmd, ended, own
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			_ = cmd.Process.Kill()
-			<-ended
-			return fmt.Errorf("no monitor: %w", err)
-		case <-ended:
-			return fmt.Errorf("QEMU ended: %s", &stderr)
-		case <-time.After(5 * time.Millisecond): // its socket is not there yet
-		}
+	own, err := testvm.Connect(ctx, ended, func(ctx context.Context) (*monitor.Session, error) {
+		return monitor.Dial(ctx, s.dir+"/q2")
+	})
+	if err != nil {
+		_ = cmd.Process.Kill()
+		<-ended
+		return fmt.Errorf("QEMU: %w\n%s", err, &stderr)
 	}
+	s.cmd, s.ended, s.own = cmd, ended, own
+	return nil
 }
 
 func (s *still) start() {

@@ -35,7 +35,7 @@ func TestQEMUUpkeep(t *testing.T) {
 		h.must("snapshot", "clone", vm.name+"/two", clone)
 		h.must("snapshot", "delete", vm.name+"/two", "--keep-layers")
 		k.gone(vm.name + "/two")
-		<-time.After(time.Second) // some intervals
+		<-time.After(time.Second) // some intervals: that it looks and leaves a layer alone is no event
 		if kinds := h.kinds(vm.name); strings.Contains(kinds, "upkeep") {
 			t.Errorf("the layers below a clone were looked after: %s", kinds)
 		}

@@ -31,27 +31,15 @@ type control struct {
 	closed  chan struct{} // closed when the connection has ended
 }
 
-// connectInterval is the time between attempts to connect to a QEMU that has
-// not made its sockets yet, which nothing announces.
-const connectInterval = 2 * time.Millisecond
-
 // dial connects to a socket of a QEMU that is starting.
 func dial(ctx context.Context, p *process, path string) (net.Conn, error) {
-	ticker := time.NewTicker(connectInterval)
-	defer ticker.Stop()
-	for {
-		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
-		if err == nil {
-			return conn, nil
-		}
-		select {
-		case <-p.ended:
-			return nil, fmt.Errorf("QEMU ended: %w", p.err)
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %w", ctx.Err(), err)
-		case <-ticker.C:
-		}
+	conn, err := Connect(ctx, p.ended, func(ctx context.Context) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", path)
+	})
+	if errors.Is(err, ErrEnded) {
+		return nil, fmt.Errorf("QEMU ended: %w", p.err)
 	}
+	return conn, err
 }
 
 func newControl(conn net.Conn) *control {

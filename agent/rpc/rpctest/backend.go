@@ -248,7 +248,8 @@ func (b *Backend) Snapshots(ctx context.Context, filter agent.SnapshotFilter) ([
 	defer b.mu.Unlock()
 	var out []agent.SnapshotView
 	for _, s := range b.snapshots {
-		if (filter.VM == "" || filter.VM == s.VMName || filter.VM == s.VMID) && hasLabels(s.Labels, filter.Labels) {
+		if (filter.VM == "" || filter.VM == s.VMName || filter.VM == s.VMID) && hasLabels(s.Labels, filter.Labels) &&
+			(filter.Visible == nil || filter.Visible(s.VMID, s.VMName)) {
 			out = append(out, s)
 		}
 	}
@@ -351,7 +352,8 @@ func (b *Backend) Operations(_ context.Context, filter agent.OperationFilter) ([
 	defer b.mu.Unlock()
 	var out []op.Record
 	for _, r := range slices.Backward(b.operations) {
-		if (filter.VM == "" || filter.VM == r.VMName) && (!filter.Active || !r.State.Final()) {
+		if (filter.VM == "" || filter.VM == r.VMName) && (!filter.Active || !r.State.Final()) &&
+			(filter.Visible == nil || filter.Visible(r.VMID, r.VMName)) {
 			out = append(out, r)
 		}
 	}

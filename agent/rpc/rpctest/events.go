@@ -59,7 +59,8 @@ func (s *events) after(since uint64, f agent.EventFilter) ([]event.Event, event.
 }
 
 func passes(e event.Event, f agent.EventFilter) bool {
-	return (f.VM == "" || f.VM == e.VMName || f.VM == e.VMID) &&
+	return (f.Visible == nil || f.Visible(e.VMID, e.VMName)) &&
+		(f.VM == "" || f.VM == e.VMName || f.VM == e.VMID) &&
 		(len(f.Kinds) == 0 || slices.Contains(f.Kinds, e.Kind)) &&
 		slices.Index(event.Severities, e.Severity) >= slices.Index(event.Severities, f.Severity) &&
 		(f.Operation == "" || f.Operation == e.Operation) && (f.Schedule == "" || f.Schedule == e.Schedule) &&

@@ -131,7 +131,7 @@ func sampleSnapshots() []agent.SnapshotView {
 	live.Quiesce = catalog.Quiesce{Requested: "none"}
 	live.Memory = &catalog.SavedMemory{
 		Path: "/srv/vm/web/.vmsnap/9e107d9d.mem", Strategy: "background", Reason: "QEMU 10.0 can track writes",
-		Size: 3 * gib, StreamSize: 7 * gib, Compressed: true, Checksum: "d41d8cd98f00b204e9800998ecf8427e", RAM: 8 * gib,
+		Size: 3 * gib, StreamSize: 7 * gib, Compressed: true, Recipient: "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p", Checksum: "d41d8cd98f00b204e9800998ecf8427e", RAM: 8 * gib,
 		Pause: 23 * time.Millisecond, Duration: 12400 * time.Millisecond,
 	}
 	db := catalog.Snapshot{

@@ -1831,7 +1831,10 @@ type PlanMemory struct {
 	Duration *durationpb.Duration `protobuf:"bytes,8,opt,name=duration,proto3" json:"duration,omitempty"`
 	Pause    *durationpb.Duration `protobuf:"bytes,9,opt,name=pause,proto3" json:"pause,omitempty"`
 	// Bytes a second that the guest dirties. 0 when unknown.
-	DirtyRate     uint64 `protobuf:"varint,10,opt,name=dirty_rate,json=dirtyRate,proto3" json:"dirty_rate,omitempty"`
+	DirtyRate uint64 `protobuf:"varint,10,opt,name=dirty_rate,json=dirtyRate,proto3" json:"dirty_rate,omitempty"`
+	// Whom the file would be encrypted to, a recipient of age (age1…). Empty when
+	// it would not be encrypted.
+	Recipient     string `protobuf:"bytes,11,opt,name=recipient,proto3" json:"recipient,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1934,6 +1937,13 @@ func (x *PlanMemory) GetDirtyRate() uint64 {
 		return x.DirtyRate
 	}
 	return 0
+}
+
+func (x *PlanMemory) GetRecipient() string {
+	if x != nil {
+		return x.Recipient
+	}
+	return ""
 }
 
 type PlanDisk struct {
@@ -2973,7 +2983,7 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\vconsistency\x18\x06 \x01(\x0e2\x16.vmsnap.v1.ConsistencyR\vconsistency\x12>\n" +
 	"\rfreeze_window\x18\a \x01(\v2\x19.google.protobuf.DurationR\ffreezeWindow\x12\x12\n" +
 	"\x04live\x18\b \x01(\bR\x04live\x12-\n" +
-	"\x06memory\x18\t \x01(\v2\x15.vmsnap.v1.PlanMemoryR\x06memory\"\xd6\x02\n" +
+	"\x06memory\x18\t \x01(\v2\x15.vmsnap.v1.PlanMemoryR\x06memory\"\xf4\x02\n" +
 	"\n" +
 	"PlanMemory\x125\n" +
 	"\bstrategy\x18\x01 \x01(\x0e2\x19.vmsnap.v1.MemoryStrategyR\bstrategy\x12\x16\n" +
@@ -2987,7 +2997,8 @@ const file_vmsnap_v1_services_proto_rawDesc = "" +
 	"\x05pause\x18\t \x01(\v2\x19.google.protobuf.DurationR\x05pause\x12\x1d\n" +
 	"\n" +
 	"dirty_rate\x18\n" +
-	" \x01(\x04R\tdirtyRate\"\xab\x01\n" +
+	" \x01(\x04R\tdirtyRate\x12\x1c\n" +
+	"\trecipient\x18\v \x01(\tR\trecipient\"\xab\x01\n" +
 	"\bPlanDisk\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1a\n" +
 	"\bexcluded\x18\x02 \x01(\bR\bexcluded\x12\x1c\n" +

@@ -2097,7 +2097,10 @@ type SnapshotMemory struct {
 	// How long the guest's CPUs stood still.
 	Pause *durationpb.Duration `protobuf:"bytes,9,opt,name=pause,proto3" json:"pause,omitempty"`
 	// From the cut until the memory was saved.
-	Duration      *durationpb.Duration `protobuf:"bytes,10,opt,name=duration,proto3" json:"duration,omitempty"`
+	Duration *durationpb.Duration `protobuf:"bytes,10,opt,name=duration,proto3" json:"duration,omitempty"`
+	// Whom the file is encrypted to, a recipient of age (age1…). Empty when it is
+	// not encrypted.
+	Recipient     string `protobuf:"bytes,11,opt,name=recipient,proto3" json:"recipient,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2200,6 +2203,13 @@ func (x *SnapshotMemory) GetDuration() *durationpb.Duration {
 		return x.Duration
 	}
 	return nil
+}
+
+func (x *SnapshotMemory) GetRecipient() string {
+	if x != nil {
+		return x.Recipient
+	}
+	return ""
 }
 
 // QuiesceResult is what the freeze came to.
@@ -2900,7 +2910,7 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\texclusive\x18\x01 \x01(\x04R\texclusive\x12\x16\n" +
 	"\x06shared\x18\x02 \x01(\x04R\x06shared\x12\x16\n" +
 	"\x06memory\x18\x03 \x01(\x04R\x06memory\x126\n" +
-	"\bmeasured\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bmeasured\"\xde\x02\n" +
+	"\bmeasured\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bmeasured\"\xfc\x02\n" +
 	"\x0eSnapshotMemory\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x125\n" +
 	"\bstrategy\x18\x02 \x01(\x0e2\x19.vmsnap.v1.MemoryStrategyR\bstrategy\x12\x16\n" +
@@ -2915,7 +2925,8 @@ const file_vmsnap_v1_types_proto_rawDesc = "" +
 	"\x03ram\x18\b \x01(\x04R\x03ram\x12/\n" +
 	"\x05pause\x18\t \x01(\v2\x19.google.protobuf.DurationR\x05pause\x125\n" +
 	"\bduration\x18\n" +
-	" \x01(\v2\x19.google.protobuf.DurationR\bduration\"\xc7\x01\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\bduration\x12\x1c\n" +
+	"\trecipient\x18\v \x01(\tR\trecipient\"\xc7\x01\n" +
 	"\rQuiesceResult\x120\n" +
 	"\trequested\x18\x01 \x01(\x0e2\x12.vmsnap.v1.QuiesceR\trequested\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x16\n" +

@@ -12,11 +12,12 @@ GOTOOL := go tool -modfile=tools/go.mod
 FUZZTIME ?= 10s
 TORTUREROUNDS ?= 200
 # The race detector watches everything but SQLite itself, which was translated
-# from C, would take most of the time, and is guarded by database/sql. No more
-# than this one package: what others instantiate of the standard library's
-# generic code would be linked, unwatched, for all. Nor are the pointers checked
-# that the translation makes of integers.
-RACE := -race "-gcflags=modernc.org/...=-d=checkptr=0" "-gcflags=modernc.org/sqlite/lib=-race=false"
+# from C, would take most of the time, and is guarded by database/sql, and the
+# compression, which would starve the guests beside it. No more than these: what
+# others instantiate of the standard library's generic code would be linked,
+# unwatched, for all. Nor are the pointers checked that the translation makes of
+# integers.
+RACE := -race "-gcflags=modernc.org/...=-d=checkptr=0" "-gcflags=modernc.org/sqlite/lib=-race=false" "-gcflags=github.com/klauspost/compress/...=-race=false"
 # Real guests take memory and cores, so few packages run at a time; testvm
 # itself limits how many guests run beside each other. Results are not cached:
 # the tests start programs that the cache does not know of.

@@ -459,8 +459,9 @@ func (a *Agent) preflightGuest(ctx context.Context, v *vm, s *monitor.Session, r
 }
 
 // pingDeadline bounds the guest agent's answer before a freeze: a live agent
-// answers within milliseconds, a busy guest within a second or two.
-const pingDeadline = 3 * time.Second
+// answers within milliseconds, one in a guest that hardly gets a CPU within some
+// seconds. Nothing is frozen meanwhile, and giving up makes the snapshot worth less.
+const pingDeadline = 10 * time.Second
 
 func (a *Agent) pingGuest(ctx context.Context, r *run) error {
 	addr, err := r.proc.Address(r.proc.GuestAgent)

@@ -113,13 +113,17 @@ func TestQEMUARestartedGuestIsTheNewest(t *testing.T) {
 	})
 }
 
-// unsettled fails while a disk's launch path is not settled, or an operation
-// runs, or the daemon does not answer.
+// unsettled fails while a disk's launch path is not settled, or the disks are not
+// known because a daemon has just started, or an operation runs, or the daemon
+// does not answer.
 func (h *host) unsettled(vm string) error {
 	h.t.Helper()
 	shown, err := h.vm(vm)
 	if err != nil {
 		return err
+	}
+	if len(shown.GetDisks()) == 0 {
+		return fmt.Errorf("VM %s: its disks are not known yet", vm)
 	}
 	for _, d := range shown.GetDisks() {
 		if d.GetSettleNeeded() {

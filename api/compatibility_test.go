@@ -17,9 +17,11 @@ const rules = `{"version":"v1","breaking":{"use":["PACKAGE","WIRE_JSON"]}}`
 func breaking(t *testing.T, dir string) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "go", "tool", "-modfile=../tools/buf/go.mod", "buf", "breaking", dir, "--against", "baseline", "--config", rules)
-	out, err := cmd.CombinedOutput()
+	var said strings.Builder // the go command's downloads among it
+	cmd.Stderr = &said
+	out, err := cmd.Output()
 	if err != nil && cmd.ProcessState.ExitCode() != 100 { // 100: something is broken
-		t.Fatalf("buf: %v\n%s", err, out)
+		t.Fatalf("buf: %v\n%s%s", err, &said, out)
 	}
 	return string(out)
 }

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"maps"
 	"sync"
 	"time"
 
@@ -108,22 +109,30 @@ func (s *fileStats) lookAt(paths []string, done chan struct{}) {
 	if stat == nil {
 		stat = statFile
 	}
-	seen := make(map[string]fileStat, len(paths))
-	gone := map[string]bool{}
+	s.mu.Lock()
+	known := s.known
+	s.mu.Unlock()
+	var changed map[string]fileStat // a copy of what is known, once that is not true any more
 	for _, p := range paths {
-		if f, err := stat(p); err == nil {
-			seen[p] = f
+		f, err := stat(p)
+		if before, is := known[p]; is == (err == nil) && before == f {
+			continue
+		}
+		if changed == nil {
+			changed = make(map[string]fileStat, len(paths))
+			maps.Copy(changed, known)
+		}
+		if err == nil {
+			changed[p] = f
 		} else {
-			gone[p] = true
+			delete(changed, p)
 		}
 	}
 	s.mu.Lock()
-	for p, f := range s.known { // what others asked for
-		if _, again := seen[p]; !again && !gone[p] {
-			seen[p] = f
-		}
+	if changed != nil {
+		s.known = changed
 	}
-	s.known, s.looking = seen, nil
+	s.looking = nil
 	s.mu.Unlock()
 	close(done)
 }

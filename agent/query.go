@@ -58,14 +58,23 @@ func (a *Agent) all() []*vm {
 }
 
 func byName(each [][]VMView) []VMView {
-	views := slices.Concat(each...)
-	slices.SortFunc(views, func(x, y VMView) int {
+	sorted := make([]*VMView, 0, len(each)) // views are too large to be moved about
+	for _, views := range each {
+		for i := range views {
+			sorted = append(sorted, &views[i])
+		}
+	}
+	slices.SortFunc(sorted, func(x, y *VMView) int {
 		return cmp.Or(strings.Compare(x.Name, y.Name), strings.Compare(x.ID, y.ID), cmp.Compare(x.pid(), y.pid()))
 	})
+	views := make([]VMView, len(sorted))
+	for i, v := range sorted {
+		views[i] = *v
+	}
 	return views
 }
 
-func (v VMView) pid() int {
+func (v *VMView) pid() int {
 	if v.Process == nil {
 		return 0
 	}

@@ -17,7 +17,7 @@ type Warning struct {
 // The codes of warnings.
 const (
 	// WarnTracking: writes to this guest's memory cannot be tracked, so the
-	// pause depends on how fast the guest changes its memory.
+	// pause depends on how fast the guest changes its memory, or on how much it has.
 	WarnTracking = "write-tracking-unavailable"
 	// WarnPostmigrate: QEMU will call the paused VM "postmigrate" and refuse
 	// further saves, and changes to its disks, until it has run again.
@@ -49,6 +49,13 @@ func Choose(f Facts, want Strategy) (Choice, error) {
 		if f.Tracking == "" {
 			return Choice{Strategy: Background, Reason: "QEMU can track writes to the guest's memory"}, nil
 		}
+		if f.Inexact != "" {
+			why := f.Tracking + "; " + f.Inexact
+			return Choice{Strategy: Stopped, Reason: why, Warnings: []Warning{{
+				Code:    WarnTracking,
+				Message: "the guest stands still until its memory is saved: " + why,
+			}}}, nil
+		}
 		return Choice{Strategy: Precopy, Reason: f.Tracking, Warnings: []Warning{{
 			Code:    WarnTracking,
 			Message: "the pause depends on how fast the guest changes its memory: " + f.Tracking,
@@ -57,7 +64,11 @@ func Choose(f Facts, want Strategy) (Choice, error) {
 		if f.Tracking != "" {
 			return Choice{}, &UnsuitableError{Strategy: want, Reason: f.Tracking}
 		}
-	case Precopy, Stopped:
+	case Precopy:
+		if f.Inexact != "" {
+			return Choice{}, &UnsuitableError{Strategy: want, Reason: f.Inexact}
+		}
+	case Stopped:
 	default:
 		return Choice{}, &UnsuitableError{Strategy: want, Reason: "there is no such strategy"}
 	}

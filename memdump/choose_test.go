@@ -38,6 +38,8 @@ func TestChoose(t *testing.T) {
 	running := Facts{Version: v72, Status: monitor.RunStateRunning, Running: true}
 	untracked := running
 	untracked.Tracking = "no"
+	emulated, untrackedEmulated := running, untracked
+	emulated.Inexact, untrackedEmulated.Inexact = "lossy", "lossy"
 	paused := Facts{Version: v72, Status: monitor.RunStatePaused}
 	paused10 := Facts{Version: v100, Status: monitor.RunStatePaused}
 	untracked10 := paused10
@@ -52,6 +54,9 @@ func TestChoose(t *testing.T) {
 		"running":              {facts: running, got: Background},
 		"cannot track":         {facts: untracked, got: Precopy, warn: []string{WarnTracking}},
 		"background wanted":    {facts: running, want: Background, got: Background},
+		"emulated":             {facts: emulated, got: Background},
+		"emulated, untracked":  {facts: untrackedEmulated, got: Stopped, warn: []string{WarnTracking}},
+		"emulated, precopy":    {facts: emulated, want: Precopy, err: "precopy cannot be used: lossy"},
 		"precopy wanted":       {facts: untracked, want: Precopy, got: Precopy},
 		"stopped wanted":       {facts: running, want: Stopped, got: Stopped},
 		"background, and not":  {facts: untracked, want: Background, err: "background cannot be used: no"},

@@ -36,6 +36,7 @@ type Facts struct {
 
 	Blocked  []string // why QEMU refuses any migration
 	Tracking string   // why write tracking cannot be used, "" if it can
+	Inexact  string   // why precopy would miss changes of the memory, "" if it would not
 	Busy     string   // a migration that is under way, as its status
 }
 
@@ -71,7 +72,28 @@ func Probe(ctx context.Context, s *monitor.Session, pid int) (Facts, error) {
 	if f.Tracking, err = trackingObstacle(ctx, s, pid); err != nil {
 		return f, fmt.Errorf("probe memory: %w", err)
 	}
+	if f.Inexact, err = precopyObstacle(ctx, s, f.Version); err != nil {
+		return f, fmt.Errorf("probe memory: %w", err)
+	}
 	return f, nil
+}
+
+// precopyObstacle returns why QEMU would not see all that the guest changes while
+// it migrates. Before 9.0 it forgets to tell the CPUs that it emulates itself when
+// it looks anew for changed pages, so that they do not note the next change
+// ("physmem: Fix migration dirty bitmap coherency with TCG memory access"). With
+// KVM the kernel notes them.
+func precopyObstacle(ctx context.Context, s *monitor.Session, v Version) (string, error) {
+	if v.AtLeast(9, 0) {
+		return "", nil
+	}
+	var kvm struct {
+		Enabled bool `json:"enabled"`
+	}
+	if err := s.Execute(ctx, "query-kvm", nil, &kvm); err != nil || kvm.Enabled {
+		return "", err
+	}
+	return "QEMU before 9.0 misses changes of the memory of a guest that it emulates, without KVM", nil
 }
 
 // What a stream holds beside the pages: a header of each page, of at most

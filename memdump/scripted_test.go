@@ -50,6 +50,7 @@ func newScript(t *testing.T, v monitortest.Version, answers ...monitor.Migration
 	q.HandleReturn("query-migrate-parameters", map[string]any{"max-bandwidth": 134217728, "downtime-limit": 300, "tls-creds": "ca0", "mode": "normal"})
 	q.HandleReturn("query-memory-size-summary", map[string]any{"base-memory": 1 << 20, "plugged-memory": 0})
 	q.HandleReturn("human-monitor-command", "")
+	q.HandleReturn("query-kvm", map[string]any{"enabled": true, "present": true})
 	for _, command := range []string{"migrate-set-capabilities", "migrate-set-parameters", "getfd", "migrate_cancel", "migrate-continue"} {
 		q.HandleReturn(command, nil)
 	}
@@ -466,5 +467,25 @@ func TestRestoreWhileBusy(t *testing.T) {
 	}
 	if slices.Contains(q.Commands(), "migrate-set-capabilities") {
 		t.Error("settings were changed under a migration")
+	}
+}
+
+// TestPrecopyObstacle: which QEMU misses changes of the memory, and of which guests.
+func TestPrecopyObstacle(t *testing.T) {
+	for _, c := range []struct {
+		version  monitortest.Version
+		kvm      bool
+		obstacle bool
+	}{
+		{monitortest.QEMU72, false, true}, {monitortest.QEMU72, true, false},
+		{monitortest.Version{Major: 8, Minor: 2, Micro: 10}, false, true},
+		{monitortest.Version{Major: 9}, false, false}, {monitortest.QEMU100, true, false},
+	} {
+		q := newScript(t, c.version)
+		q.HandleReturn("query-kvm", map[string]any{"enabled": c.kvm, "present": true})
+		why, err := precopyObstacle(q.ctx(), q.session, versionOf(q.session))
+		if err != nil || (why != "") != c.obstacle {
+			t.Errorf("%+v: %q, %v", c, why, err)
+		}
 	}
 }

@@ -34,7 +34,7 @@ func TestQEMUDaemonStopsInThePause(t *testing.T) {
 		vm.run()
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
 		settings := vm.settings()
-		for i, strategy := range []string{"background", "precopy", "stopped"} {
+		for i, strategy := range strategies(q) {
 			for j, kills := range []bool{false, true} {
 				when := fmt.Sprintf("%s, killed: %v", strategy, kills)
 				h.await(vm.name, "running")
@@ -177,7 +177,8 @@ func TestQEMUKilledWhileItSaves(t *testing.T) {
 		h := newHostOf(t, map[string]string{vm.name: vm.uuid})
 		h.await(vm.name, "running")
 		value := 0
-		for strategy, step := range map[string]string{"background": "memory", "precopy": "cut", "stopped": "cut"} {
+		steps := map[string]string{"background": "memory", "precopy": "cut", "stopped": "cut"}
+		for _, strategy := range strategies(q) {
 			for _, begun := range []bool{true, false} {
 				when := fmt.Sprintf("%s, begun: %v", strategy, begun)
 				value += 2
@@ -188,7 +189,7 @@ func TestQEMUKilledWhileItSaves(t *testing.T) {
 				var resume func()
 				if begun {
 					resume = h.tamper(vm.cmd.Process.Pid, "writev", "delay_enter=500000") // microseconds
-					h.awaitStep(create(), step)
+					h.awaitStep(create(), steps[strategy])
 				} else {
 					resume = h.stopAtCall("renameat", func() { create() })
 					h.resumed(vm, time.Now(), when)

@@ -95,6 +95,15 @@ func loadInto(ctx context.Context, s *monitor.Session, memory string) error {
 	}
 }
 
+// strategies are those that memory can be saved with here: QEMU before 9.0 would
+// miss changes of the memory of an emulated guest in precopy.
+func strategies(q testvm.QEMU) []string {
+	if q.Name == "7.2" {
+		return []string{"background", "stopped"}
+	}
+	return []string{"background", "precopy", "stopped"}
+}
+
 // counts verifies that the guest's counter goes on, which finds out whether its
 // memory and its disks are of one instant.
 func counts(t *testing.T, g *testvm.Guest, when string) {
@@ -120,11 +129,11 @@ func TestQEMUMemoryIsOfTheCut(t *testing.T) {
 		if err := g.Dirty(t.Context(), 48<<20, 10<<20); err != nil {
 			t.Fatal(err)
 		}
-		taken := map[string]shown{}
-		for name, flags := range map[string]string{
-			"background": "", "precopy": "--memory-strategy precopy", "stopped": "--memory-strategy stopped",
-			"packed": "--compress", "frozen": "--quiesce require",
-		} {
+		taken, wanted := map[string]shown{}, map[string]string{"packed": "--compress", "frozen": "--quiesce require"}
+		for _, strategy := range strategies(q) {
+			wanted[strategy] = "--memory-strategy " + strategy
+		}
+		for name, flags := range wanted {
 			h.must(append([]string{"snapshot", "create", g.Name, name, "--memory"}, strings.Fields(flags)...)...)
 			counts(t, g, "after "+name)
 			h.must("snapshot", "verify", g.Name+"/"+name)

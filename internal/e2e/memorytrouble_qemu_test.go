@@ -117,7 +117,7 @@ func TestQEMUTenSaves(t *testing.T) {
 		defer states.Close()
 		before, after := map[int]int{}, map[int]int{}
 		for i := 1; i <= 10; i++ {
-			strategy := []string{"background", "precopy", "stopped"}[i%3]
+			strategy := strategies(q)[i%len(strategies(q))]
 			vm.write(i)
 			h.goesOn(vm, strategy)
 			before[i] = vm.ticks()
@@ -302,6 +302,10 @@ func TestQEMUMemoryFileFails(t *testing.T) {
 		} {
 			if c.strategy == "background" && q.Name == "7.2" {
 				continue // which holds the guest for good: see TestQEMUDoctorRescues
+			}
+			if !slices.Contains(strategies(q), c.strategy) {
+				h.fails(14, "without KVM", "snapshot", "create", vm.name, "x", "--memory", "--memory-strategy", c.strategy)
+				continue
 			}
 			when := c.strategy + ", " + c.cause
 			end := h.failing(vm.cmd.Process.Pid, "writev", c.cause, 3)

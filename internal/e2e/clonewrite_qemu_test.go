@@ -132,11 +132,22 @@ func TestQEMUTortureCloneAndOrigin(t *testing.T) {
 			which := both[random.IntN(2)].vm.name
 			when := fmt.Sprintf("seed %d, round %d", seed, round)
 			written := make(chan error, len(both))
+			scribble := func(s *scribe) { written <- s.scribble(h.ctx(), n) }
+			merges := taken[which]
 			for _, s := range both {
-				go func() { written <- s.scribble(h.ctx(), n) }()
+				// A write by a command of its monitor, which no guest's is, was seen to
+				// hang QEMU 10 for good when a block job ended meanwhile.
+				if !merges || s.vm.name != which {
+					go scribble(s)
+				}
 			}
-			if taken[which] {
+			if merges {
 				h.must("snapshot", "delete", which+"/meanwhile")
+				for _, s := range both {
+					if s.vm.name == which {
+						go scribble(s)
+					}
+				}
 			} else {
 				h.must("snapshot", "create", which, "meanwhile", "--quiesce", "none")
 			}
